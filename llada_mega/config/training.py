@@ -1,0 +1,132 @@
+"""How a model is optimised: curriculum, objective, optimizer, trainer, checkpoints, logging, validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from llada_mega.config.data import Corpus
+
+
+@dataclass
+class ObjectiveConfig:
+    """Corruption and loss weighting (SPEC section 2). ``t`` is the mask level in (0, 1]."""
+
+    weighting: str = "elbo"  # elbo | uniform
+    schedule: str = "linear"  # linear | cosine
+    t_min: float = 0.0
+    t_max: float = 1.0
+    level: str = "sequence"  # one noise level a sequence | document | block
+
+
+@dataclass
+class LearningRateConfig:
+    """Learning rate inside a stage, as factors of ``optimizer.lr``; ``end`` reaches ``optimizer.min_lr`` at least."""
+
+    shape: str = "constant"  # constant | linear | cosine | 1-sqrt: from peak to end after the warm-up
+    start: float = 0.0  # factor at the first step of the warm-up
+    peak: float = 1.0
+    end: float = 1.0
+    warmup_tokens: int = 0
+
+
+@dataclass
+class EmbeddingNoiseConfig:
+    """Gaussian noise on MASK embeddings, decaying linearly to zero over ``decay_tokens`` from the stage's start."""
+
+    std: Optional[float] = None  # None: the RMS of the embedding table at the start of training
+    decay_tokens: int = 0  # 0: no noise
+
+
+@dataclass
+class StageConfig:
+    """One stage of the curriculum (contract 6). ``tokens`` are data tokens; the layout follows from ``block_size``."""
+
+    name: str = "stage"
+    block_size: int = 32
+    tokens: int = 0
+    sequence_length: Optional[int] = None  # None: data.sequence_length
+    lr: LearningRateConfig = field(default_factory=LearningRateConfig)
+    objective: Optional[ObjectiveConfig] = None  # None: the run's objective
+    data: Optional[list[Corpus]] = None  # None: data.train
+    embedding_noise: EmbeddingNoiseConfig = field(default_factory=EmbeddingNoiseConfig)
+
+
+@dataclass
+class CurriculumConfig:
+    """The stages in order."""
+
+    stages: list[StageConfig] = field(default_factory=list)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. ``min_lr`` is a floor under every stage's learning rate."""
+
+    lr: float = 1.0e-4
+    min_lr: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1.0e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass
+class StabilityConfig:
+    """What to do when a step is not finite, or its loss jumps above ``spike_factor`` x the running median."""
+
+    nonfinite: str = "stop"  # stop | skip | warn
+    spike: str = "warn"  # stop | skip | warn
+    spike_factor: float = 3.0
+    spike_window: int = 50  # steps in the running median; no spike is called before it is half full
+    max_skipped: int = 10  # consecutive skipped steps before the run stops
+
+
+@dataclass
+class ValidationConfig:
+    """Held-out losses during training (SPEC section 2, evaluation always on t in (0, 1])."""
+
+    every: int = 0  # steps; 0: never
+    windows: int = 64
+    block_sizes: list[int] = field(default_factory=lambda: [32])
+    noise_levels: int = 8  # strata of t
+    batch_size: int = 8
+
+
+@dataclass
+class TrainerConfig:
+    """The loop. ``max_steps`` caps the curriculum (None: run it whole)."""
+
+    init: Optional[str] = None  # checkpoint whose weights (not optimizer or data position) start the run
+    max_steps: Optional[int] = None
+    global_batch_size: int = 8  # samples
+    micro_batch_size: int = 1  # samples
+    dtype: str = "float32"  # float32 | bfloat16
+    log_every: int = 1
+    deterministic: bool = False
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+@dataclass
+class CheckpointConfig:
+    """Training checkpoints. The key users type for ``async_save`` is ``checkpoint.async``."""
+
+    every: int = 0  # steps; 0: only at the end
+    keep_last: int = 2
+    keep_best: int = 0
+    best_metric: str = "valid/block_32/nll_bound"
+    async_save: bool = False
+    resume: str = "auto"  # auto | never | path of a checkpoint
+
+
+@dataclass
+class LoggingConfig:
+    """Sinks beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "llada-mega"
+    wandb_mode: str = "offline"  # offline | online
+    progress: bool = True
