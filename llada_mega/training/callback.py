@@ -1,0 +1,52 @@
+"""The hooks of the loop: features hang on these, the loop itself stays short."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llada_mega.diffusion.curriculum import ResolvedStage
+    from llada_mega.training.state import StepMeasurement
+    from llada_mega.training.trainer import Trainer
+
+
+class Callback:
+    """One feature of a run. Every hook runs on every rank, in the order of the callback list.
+
+    A callback with state returns it as JSON values from :meth:`state_dict`; it is stored under :attr:`name` in each
+    checkpoint and handed back to :meth:`load_state_dict` on resume.
+    """
+
+    name = ""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Once, after a resume, before the first step."""
+
+    def on_stage_begin(self, trainer: Trainer, stage: ResolvedStage) -> None:
+        """Before the first step in a stage, and once at the start of the run or resume."""
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """Before the forward pass."""
+
+    def accept_step(self, trainer: Trainer, measured: StepMeasurement) -> bool:
+        """After the backward pass, before the optimizer. False leaves the weights as they are."""
+        return True
+
+    def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
+        """After the optimizer; ``trainer.state`` already counts this step."""
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """A row for metrics.jsonl and the other sinks."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last step, also when the run stops early without an error."""
+
+    def close(self) -> None:
+        """Always called, also after an error: release files, threads and progress bars."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values to store in a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""

@@ -1,0 +1,1 @@
+"""Features of a run, one callback a file. ``build_callbacks`` in ``training/run.py`` chooses and orders them."""

@@ -1,0 +1,143 @@
+"""Checkpoints during a run: when, how many, and which to keep."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_mega.checkpoint.checkpoint import (
+    CheckpointWrite,
+    list_checkpoints,
+    read_state,
+    step_name,
+)
+from llada_mega.config.training import CheckpointConfig
+from llada_mega.training.callback import Callback
+from llada_mega.training.resume import collect_state, sharded_training_state
+from llada_mega.training.state import StepMeasurement
+from llada_mega.training.trainer import Trainer
+
+LATEST = "latest"
+
+
+class CheckpointCallback(Callback):
+    """Saves every ``checkpoint.every`` steps and at the end; synchronously, or in a thread with ``checkpoint.async``.
+
+    With the thread, training waits only for the copy to CPU memory; the checkpoint becomes visible at the first step
+    boundary at which every rank has written its part.
+    """
+
+    name = "checkpoint"
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, tokenizer_dir: Path | None) -> None:
+        self.root = run_dir / "checkpoints"
+        self.config, self.tokenizer_dir = config, tokenizer_dir
+        self._pending: _Pending | None = None
+        self._metrics: dict[str, float] = {}
+        self._saved_step = -1
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._saved_step = trainer.state.step if trainer.state.step else -1
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if self.config.best_metric in row:
+            self._metrics = {key: value for key, value in row.items() if isinstance(value, int | float)}
+
+    def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
+        self._poll(trainer, wait=False)
+        if self.config.every and trainer.state.step % self.config.every == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if trainer.state.step != self._saved_step:
+            self._save(trainer)
+        self._poll(trainer, wait=True)
+
+    def close(self) -> None:
+        if self._pending is not None:
+            self._pending.thread.join()
+            self._pending.write.abandon()
+
+    def _save(self, trainer: Trainer) -> None:
+        self._poll(trainer, wait=True)
+        groups = trainer.step.groups
+        write = CheckpointWrite(
+            self.root / step_name(trainer.state.step), rank=groups.rank, world_size=groups.world_size
+        )
+        state = collect_state(trainer)
+        state["metrics"] = self._metrics if self._metrics.get("step") == trainer.state.step else {}
+        # After collect_state: it settles the optimizer's common step, which the sharded state repeats.
+        write.start(sharded_training_state(trainer.step))
+        _barrier()
+        self._pending = _Pending(write, state)
+        self._saved_step = trainer.state.step
+        if not self.config.async_save:
+            self._poll(trainer, wait=True)
+
+    def _poll(self, trainer: Trainer, wait: bool) -> None:
+        """Give a written checkpoint its name once every rank is done."""
+        pending = self._pending
+        if pending is None:
+            return
+        if wait:
+            pending.thread.join()
+        done = torch.tensor(int(not pending.thread.is_alive()))
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(done, op=torch.distributed.ReduceOp.MIN)
+        if not done:
+            return
+        self._pending = None
+        if pending.error is not None:
+            raise pending.error
+        pending.write.finish(trainer.config.model, pending.state, self.tokenizer_dir)
+        if trainer.writes_files:
+            link_latest(self.root, pending.write.directory.name)
+            prune(self.root, self.config)
+        _barrier()
+
+
+class _Pending:
+    """A checkpoint whose tensors are being written."""
+
+    def __init__(self, write: CheckpointWrite, state: dict[str, Any]) -> None:
+        self.write, self.state = write, state
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, name="checkpoint-writer")
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.write.write()
+        except Exception as error:  # handed to the main thread, which raises it
+            self.error = error
+
+
+def _barrier() -> None:
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+
+
+def link_latest(root: Path, name: str) -> None:
+    """Point ``checkpoints/latest`` at a checkpoint, atomically."""
+    temporary = root / f".{LATEST}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(root / LATEST)
+
+
+def prune(root: Path, config: CheckpointConfig) -> None:
+    """Remove checkpoints that are neither among the newest ``keep_last`` nor the best ``keep_best``."""
+    checkpoints = list_checkpoints(root)
+    keep = set(checkpoints[-config.keep_last :]) if config.keep_last > 0 else set(checkpoints)
+    if config.keep_best:
+        scored = [(read_state(path).get("metrics", {}).get(config.best_metric, math.inf), path) for path in checkpoints]
+        scored = [(score, path) for score, path in scored if math.isfinite(score)]
+        keep |= {path for _, path in sorted(scored)[: config.keep_best]}
+    for path in checkpoints:
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)

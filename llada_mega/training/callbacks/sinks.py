@@ -1,0 +1,117 @@
+"""Where rows of metrics go: metrics.jsonl always, TensorBoard and wandb by switch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from llada_mega.errors import ConfigError
+from llada_mega.training.callback import Callback
+from llada_mega.training.redaction import redact
+from llada_mega.training.trainer import Trainer
+
+
+class JsonlSink(Callback):
+    """``RUN/metrics.jsonl``: one JSON object a row, flushed at once; a resumed run appends."""
+
+    name = "jsonl"
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._file: TextIO | None = None
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if not trainer.writes_files:
+            return
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(redact(json.dumps(finite(row))) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoardSink(Callback):
+    """``RUN/tensorboard``: every number of a row as a scalar."""
+
+    name = "tensorboard"
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "logging.tensorboard=true needs the package tensorboard; pip install 'llada-mega[logging]'"
+            ) from error
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        for key, value in flatten(row).items():
+            self._writer.add_scalar(key, value, trainer.state.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink(Callback):
+    """Weights & Biases; offline unless ``logging.wandb_mode=online``. The run id is resumed with the run."""
+
+    name = "wandb"
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], project: str, mode: str, run_name: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "logging.wandb=true needs the package wandb; pip install 'llada-mega[logging]'"
+            ) from error
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()):
+            raise ConfigError("logging.wandb_mode=online needs WANDB_API_KEY; set it or use logging.wandb_mode=offline")
+        self._wandb = wandb
+        self._arguments = {"dir": str(run_dir), "config": config, "project": project, "mode": mode, "name": run_name}
+        self._id: str | None = None
+        self._run: Any = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        if trainer.writes_files:
+            self._id = self._id or self._wandb.util.generate_id()
+            self._run = self._wandb.init(id=self._id, resume="allow", **self._arguments)
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log(flatten(row), step=trainer.state.step)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"id": self._id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._id = state["id"]
+
+
+def finite(value: Any) -> Any:
+    """The same value with NaN and infinities as strings: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a nested row under slash-joined names."""
+    out: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            out.update(flatten(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float):
+            out[f"{prefix}{key}"] = float(value)
+    return out

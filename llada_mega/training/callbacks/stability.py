@@ -1,0 +1,94 @@
+"""What to do with a step that is not finite or whose loss jumps."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from llada_mega.config.training import StabilityConfig
+from llada_mega.errors import TrainingError
+from llada_mega.training.callback import Callback
+from llada_mega.training.state import StepMeasurement
+from llada_mega.training.trainer import Trainer
+
+# A MASK embedding below this share of the table's RMS is what makes a conversion explode (arXiv 2512.15745, section 3).
+SMALL_MASK_EMBEDDING = 0.1
+
+
+class StabilityCallback(Callback):
+    """Policies ``stop | skip | warn`` for non-finite and spiking steps.
+
+    A spike is a cross entropy per masked token above ``spike_factor`` times the median of the last ``spike_window``
+    accepted steps of the same stage. ``skip`` leaves weights and optimizer as they are and goes on with the next data;
+    more than ``max_skipped`` skips in a row stop the run.
+    """
+
+    name = "stability"
+
+    def __init__(self, config: StabilityConfig) -> None:
+        self.config = config
+        self._history: deque[float] = deque(maxlen=config.spike_window)
+        self._skipped = 0
+        self._noise_was_on = False
+
+    def on_stage_begin(self, trainer: Trainer, stage: Any) -> None:
+        if trainer.state.consumed_samples == stage.start_sample:
+            self._history.clear()  # another block size is another loss
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        noise = trainer.embedding_noise_std()
+        rms, floor = self._mask_rms(trainer), SMALL_MASK_EMBEDDING * trainer.state.embedding_rms
+        if self._noise_was_on and noise == 0.0 and rms < floor:
+            trainer.warn(
+                f"the embedding noise ends while the MASK embedding is still small (RMS {rms:.2g}, a tenth of the table's "
+                f"is {floor:.2g}); gradients may explode: lengthen curriculum.stages[*].embedding_noise.decay_tokens",
+            )
+        self._noise_was_on = noise > 0.0
+
+    def accept_step(self, trainer: Trainer, measured: StepMeasurement) -> bool:
+        problem, policy = self._judge(trainer, measured)
+        if problem is None:
+            self._history.append(measured.ce_masked)
+            self._skipped = 0
+            return True
+        step = trainer.state.step + 1
+        if policy == "stop":
+            raise TrainingError(f"step {step}: {problem}; the run stops, the last checkpoint is intact")
+        trainer.warn(f"step {step}: {problem}; policy {policy}")
+        if policy == "warn":
+            return True
+        self._skipped += 1
+        if self._skipped > self.config.max_skipped:
+            raise TrainingError(f"step {step}: {self._skipped} steps in a row were skipped; the run stops")
+        return False
+
+    def _judge(self, trainer: Trainer, measured: StepMeasurement) -> tuple[str | None, str]:
+        if not (math.isfinite(measured.loss) and math.isfinite(measured.grad_norm)):
+            text = f"loss {measured.loss:.4g}, gradient norm {measured.grad_norm:.4g} are not finite"
+            if self._mask_rms(trainer) < SMALL_MASK_EMBEDDING * trainer.state.embedding_rms:
+                text += (
+                    "; the MASK embedding is almost zero, which makes this happen:"
+                    " set curriculum.stages[0].embedding_noise.decay_tokens"
+                )
+            return text, self.config.nonfinite
+        if len(self._history) * 2 >= self.config.spike_window:
+            median = statistics.median(self._history)
+            if measured.ce_masked > self.config.spike_factor * median:
+                return (
+                    f"cross entropy {measured.ce_masked:.3g} is above {self.config.spike_factor:g} x the median {median:.3g}",
+                    self.config.spike,
+                )
+        return None, ""
+
+    @staticmethod
+    def _mask_rms(trainer: Trainer) -> float:
+        return trainer.step.bare_model.embedding_rms(trainer.config.model.mask_token_id)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self._history), "skipped": self._skipped, "noise_was_on": self._noise_was_on}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._history.extend(state["history"])
+        self._skipped, self._noise_was_on = state["skipped"], state["noise_was_on"]

@@ -1,0 +1,46 @@
+"""Held-out losses during a run, by the same evaluation that ``llada-mega eval`` uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llada_mega.config.training import ValidationConfig
+from llada_mega.data.sample import Sample
+from llada_mega.evaluation.losses import evaluate
+from llada_mega.training.callback import Callback
+from llada_mega.training.state import StepMeasurement
+from llada_mega.training.trainer import Trainer
+
+
+class ValidationCallback(Callback):
+    """Every ``validation.every`` steps and at the end; noise, masks and windows are the same each time."""
+
+    name = "validation"
+
+    def __init__(self, config: ValidationConfig, samples: Sequence[Sample], seed: int) -> None:
+        self.config, self.samples, self.seed = config, samples, seed
+        self._last_step = -1
+
+    def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
+        if self.config.every and trainer.state.step % self.config.every == 0:
+            self._validate(trainer)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self.config.every and self._last_step != trainer.state.step:
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        self._last_step = trainer.state.step
+        result = evaluate(
+            trainer.step.bare_model,
+            self.samples,
+            block_sizes=self.config.block_sizes,
+            noise_levels=self.config.noise_levels,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+        )
+        row: dict[str, Any] = {"step": trainer.state.step, "valid/ar_nll": result["ar_nll"]}
+        for block_size, values in result["block_sizes"].items():
+            row.update({f"valid/block_{block_size}/{name}": value for name, value in values.items()})
+        trainer.log(row)

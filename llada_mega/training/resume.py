@@ -1,0 +1,136 @@
+"""What a checkpoint of a run holds, and how a run continues from one, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llada_mega
+from llada_mega.checkpoint import storage
+from llada_mega.checkpoint.checkpoint import is_complete, list_checkpoints, read_state, resolve_checkpoint
+from llada_mega.config.schema import Config
+from llada_mega.diffusion.curriculum import Curriculum
+from llada_mega.errors import CheckpointError
+from llada_mega.training.callback import Callback
+from llada_mega.training.state import TrainState
+from llada_mega.training.step import TrainStep
+from llada_mega.training.trainer import Trainer
+
+# Optimizer keys without a "chained_0." prefix, so that a run with and one without expert parallelism share them.
+_METADATA = {"chained_optim_avoid_prefix": True}
+
+
+def sharded_training_state(step: TrainStep, *, is_loading: bool = False) -> dict[str, Any]:
+    """Megatron's sharded state of the weights and of the optimizer."""
+    model = step.bare_model.sharded_state_dict()
+    optimizer = step.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    return {"model": model, "optimizer": optimizer}
+
+
+def collect_state(trainer: Trainer) -> dict[str, Any]:
+    """Everything of a run that is no tensor, for ``state.json``."""
+    return {
+        "llada_mega": llada_mega.__version__,
+        "train": trainer.state.to_json(),
+        "contract": run_contract(trainer.config),
+        "curriculum": trainer.curriculum.to_json(),
+        "callbacks": {c.name: c.state_dict() for c in trainer.callbacks if c.state_dict()},
+        "optimizer": {"step": _optimizer_step(trainer.step.optimizer)},
+    }
+
+
+def _optimizer_step(optimizer: Any) -> int:
+    """AdamW's step count. Megatron keeps one for all parameters; skipped steps make it smaller than the run's."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in inner.optimizer.state.values():
+            if "step" in state:
+                return int(state["step"])
+    return 0
+
+
+def run_contract(config: Config) -> dict[str, Any]:
+    """What must not change between the parts of a run, because loss, data and noise depend on it."""
+    model = dataclasses.asdict(config.model)
+    for key in ("attention_backend", "implementation"):  # how, not what
+        model.pop(key)
+    data = dataclasses.asdict(config.data)
+    for key in ("num_workers", "clean_tokens", "tokenizer", "valid"):
+        data.pop(key)
+    return {
+        "seed": config.seed,
+        "model": model,
+        "data": data,
+        "trainer": {"global_batch_size": config.trainer.global_batch_size, "dtype": config.trainer.dtype},
+        "optimizer": dataclasses.asdict(config.optimizer),
+    }
+
+
+def find_resume_point(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint that ``checkpoint.resume`` means, or None for a fresh start.
+
+    ``auto`` takes the newest complete checkpoint of the run directory, so a damaged one falls back to the one before.
+
+    Raises:
+        CheckpointError: an explicit path is not a complete checkpoint.
+    """
+    choice = config.checkpoint.resume
+    if choice == "never":
+        return None
+    if choice != "auto":
+        return resolve_checkpoint(Path(choice))
+    complete = list_checkpoints(run_dir / "checkpoints")
+    return complete[-1] if complete else None
+
+
+def check_contract(config: Config, curriculum: Curriculum, checkpoint: Path) -> dict[str, Any]:
+    """Read ``state.json`` and refuse a resume that would silently change the run.
+
+    Raises:
+        CheckpointError: naming the first key that differs, with both values.
+    """
+    state = read_state(checkpoint)
+    if "train" not in state or not is_complete(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} holds weights but no training state; start from it with trainer.init={checkpoint}"
+        )
+    advice = "set it back, or start a new run (run.name=...) with trainer.init"
+    # Through JSON once, so that tuples and lists, ints and floats compare as they were stored.
+    difference = first_difference(state["contract"], json.loads(json.dumps(run_contract(config))))
+    if difference is not None:
+        key, old, new = difference
+        raise CheckpointError(f"cannot resume from {checkpoint}: {key} was {old!r} and is now {new!r}; {advice}")
+    message = Curriculum.from_json(state["curriculum"]).difference(curriculum)
+    if message is not None:
+        raise CheckpointError(f"cannot resume from {checkpoint}: {message}; {advice}")
+    return state
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted key and both values of the first place where two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (key, old, new)
+
+
+def restore(step: TrainStep, checkpoint: Path, state: dict[str, Any], callbacks: list[Callback]) -> TrainState:
+    """Load weights, optimizer and callback states; returns where the run stands."""
+    loaded = storage.load(checkpoint, sharded_training_state(step, is_loading=True))
+    step.bare_model.load_state_dict(loaded["model"], strict=True)
+    optimizer_state = loaded["optimizer"]
+    parts = optimizer_state.values() if 0 in optimizer_state else [optimizer_state]
+    for part in parts:
+        # One tensor for all is what Megatron wants here; it gives every parameter a copy of its own.
+        part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(state["optimizer"]["step"]))
+    step.optimizer.load_state_dict(optimizer_state)
+    for callback in callbacks:
+        if callback.name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][callback.name])
+    return TrainState(**state["train"])
