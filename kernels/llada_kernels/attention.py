@@ -8,12 +8,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from llada_kernels.cpu import cpu_attention
 from llada_kernels.interval_mask import IntervalMask
 from llada_kernels.reference import reference_attention
 
 Backend = Callable[[Tensor, Tensor, Tensor, IntervalMask, float | None], tuple[Tensor, Tensor]]
 
-BACKENDS: dict[str, Backend] = {"reference": reference_attention}
+BACKENDS: dict[str, Backend] = {"cpu": cpu_attention, "reference": reference_attention}
 
 
 @overload
@@ -80,10 +81,15 @@ def choose_backend(backend: str, device: torch.device | str) -> tuple[str, str]:
     Raises:
         ValueError: no such backend, or it does not run on this device.
     """
+    kind = torch.device(device).type
     if backend == "auto":
-        return "reference", "dense oracle"
+        if kind == "cpu":
+            return "cpu", "fused chunks of visible pairs on the CPU"
+        return "reference", f"no fused backend for device {kind} yet: dense mask, O(S^2) memory"
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; use auto, {', '.join(BACKENDS)}")
+    if backend == "cpu" and kind != "cpu":
+        raise ValueError(f"attention backend 'cpu' does not run on {kind}; use auto or reference")
     return backend, "asked for"
 
 

@@ -127,9 +127,14 @@ class IntervalMask:
         return self.endpoints.shape[1]
 
     def to(self, device: torch.device | str) -> IntervalMask:
-        """The same mask with its endpoints on ``device``; ``self`` (with its plans) when it is there already."""
+        """The same mask with its endpoints on ``device``; the same object each time, so that its plans are kept."""
         endpoints = self.endpoints.to(device)
-        return self if endpoints is self.endpoints else IntervalMask(endpoints, self.total_k)
+        if endpoints is self.endpoints:
+            return self
+        key = ("device", endpoints.device)
+        if key not in self.plans:
+            self.plans[key] = IntervalMask(endpoints, self.total_k)
+        return self.plans[key]
 
     def select_rows(self, rows: Tensor | Sequence[int]) -> IntervalMask:
         """The mask of some query rows, in the order given (a context-parallel shard, kept clean tokens).
@@ -168,12 +173,7 @@ class IntervalMask:
 
     def dense(self) -> Tensor:
         """The mask as bool ``[total_q, total_k]``, True = visible. O(S^2): for tests, drawings and the oracle."""
-        key = torch.arange(self.total_k, device=self.endpoints.device)
-        bound = self.endpoints[:, :, None]
-        visible = key < bound[0]
-        for low, high in zip(bound[1::2], bound[2::2], strict=True):
-            visible |= (key >= low) & (key < high)
-        return visible
+        return visible_keys(self.endpoints, torch.arange(self.total_k, device=self.endpoints.device))
 
     def visible_counts(self) -> Tensor:
         """Number of keys that each row sees, int64 ``[total_q]``."""
@@ -214,6 +214,15 @@ class IntervalMask:
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ValueError(f"{what} must lie in [0, {size}), got {int(index.min())} .. {int(index.max())}")
         return index
+
+
+def visible_keys(endpoints: Tensor, keys: Tensor) -> Tensor:
+    """Which rows (columns of ``endpoints`` ``[nfunc, rows]``) see which keys: bool ``[rows, len(keys)]``."""
+    bound = endpoints[:, :, None]
+    visible = keys < bound[0]
+    for low, high in zip(bound[1::2], bound[2::2], strict=True):
+        visible |= (keys >= low) & (keys < high)
+    return visible
 
 
 def _documents(lengths: Sequence[int], padding: Sequence[bool] | None) -> tuple[Tensor, Tensor, Tensor]:
