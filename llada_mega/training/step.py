@@ -21,7 +21,7 @@ from llada_mega.data.batch import Batch
 from llada_mega.models import mask_carrier
 from llada_mega.models.embedding import EmbeddingNoise
 from llada_mega.models.logits import RowLosses
-from llada_mega.parallel.groups import Groups
+from llada_mega.parallel.groups import ParallelGroups
 from llada_mega.training.flops import batch_flops
 from llada_mega.training.state import NOISE_BINS, StepMeasurement, noise_bin_name
 
@@ -44,7 +44,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: Any, optimizer: MegatronOptimizer, groups: Groups, *, seed: int, device: torch.device
+        self, model: Any, optimizer: MegatronOptimizer, groups: ParallelGroups, *, seed: int, device: torch.device
     ) -> None:
         self.model, self.optimizer, self.groups, self.seed, self.device = model, optimizer, groups, seed, device
         self.bare_model = model.module
