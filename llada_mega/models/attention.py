@@ -1,0 +1,59 @@
+"""Core attention of the transformer layers: interval attention under the mask that the carrier names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llada_kernels import interval_attention
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from llada_mega.models import mask_carrier
+
+
+class IntervalCoreAttention(MegatronModule):
+    """Takes the place of Megatron's ``DotProductAttention`` in the layer spec.
+
+    ``attention_mask`` must be a carrier made by :func:`llada_mega.models.mask_carrier.pack`; it holds the mask over all
+    S rows, the same for every element of the batch dimension.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        backend: str = "auto",
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.backend = backend
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """query ``[S, B, Hq, D]``, key and value ``[S, B, Hk, D]`` -> ``[S, B, Hq * D]``."""
+        mask = mask_carrier.unpack(attention_mask)
+        output_BSHD = interval_attention(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            mask,
+            scale=self.softmax_scale,
+            backend=self.backend,
+        )
+        return output_BSHD.transpose(0, 1).flatten(2)

@@ -1,0 +1,173 @@
+"""ModelConfig and ParallelConfig -> Megatron-Core's TransformerConfig."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from llada_mega.config.model import ModelConfig
+from llada_mega.config.run import ParallelConfig
+from llada_mega.errors import ConfigError
+from llada_mega.parallel.megatron_compat import transformer_config
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """``vocab_size`` rounded up to a multiple of 128 x tp: rows of the embedding and output matrices."""
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse shapes that cannot be built or split.
+
+    Raises:
+        ConfigError: naming the keys, the values and a fix.
+    """
+    if model.implementation == "te":
+        raise ConfigError("model.implementation=te is not supported yet; use model.implementation=auto or local")
+    if model.implementation not in ("auto", "local"):
+        raise ConfigError(f"model.implementation={model.implementation} is unknown; use auto or local")
+    if parallel.recompute not in ("none", "selective", "full"):
+        raise ConfigError(f"parallel.recompute={parallel.recompute} is unknown; use none, selective or full")
+    _check_division("model.num_attention_heads", model.num_attention_heads, "parallel.tp", parallel.tp)
+    _check_division("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tp", parallel.tp)
+    _check_division("model.num_layers", model.num_layers, "parallel.pp x parallel.vp", parallel.pp * (parallel.vp or 1))
+    _check_division(
+        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups
+    )
+    if model.num_query_groups % parallel.tp and parallel.tp % model.num_query_groups:
+        raise ConfigError(
+            f"parallel.tp={parallel.tp} and model.num_query_groups={model.num_query_groups}: one must divide the other"
+        )
+    if int(model.head_dim * model.rotary_percent) % 2 or not 0.0 < model.rotary_percent <= 1.0:
+        raise ConfigError(
+            f"model.rotary_percent={model.rotary_percent} of model.head_dim={model.head_dim} must be an even, positive "
+            f"number of channels; use 1.0 or 0.5"
+        )
+    if model.is_moe:
+        _check_moe(model, parallel)
+
+
+def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """The ``TransformerConfig`` of ``model`` under ``parallel`` with parameters and activations in ``dtype``.
+
+    Parameters are initialised by :mod:`llada_mega.models.initialization`, the expert bias is updated by
+    :func:`llada_mega.models.router.update_expert_bias`: Megatron's own mechanisms for both are off.
+
+    Raises:
+        ConfigError: the shape cannot be built or split.
+    """
+    check_model(model, parallel)
+    fields: dict[str, object] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        transformer_impl="local",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,
+        hetereogenous_dist_checkpoint=True,  # (sic) one checkpoint key a layer
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+        sequence_parallel=parallel.sp,
+        variable_seq_lengths=parallel.pp > 1,
+    )
+    fields |= _recompute_fields(parallel) | _pipeline_fields(parallel)
+    if model.is_moe:
+        fields |= _moe_fields(model, parallel, dtype)
+    return transformer_config(**fields)
+
+
+def _recompute_fields(parallel: ParallelConfig) -> dict[str, object]:
+    if parallel.recompute == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if parallel.recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return {}
+
+
+def _pipeline_fields(parallel: ParallelConfig) -> dict[str, object]:
+    if parallel.vp is None:
+        return {}
+    # On gloo an interleaved schedule is exact only like this: batched sends, and freeing outputs early under
+    # overlapped sends, give wrong gradients.
+    return dict(batch_p2p_comm=False, overlap_p2p_comm=True, deallocate_pipeline_outputs=torch.cuda.is_available())
+
+
+def _moe_fields(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
+    moe = model.moe
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_layer_freq=[int(model.is_moe_layer(layer)) for layer in range(model.num_layers)],
+        moe_ffn_hidden_size=moe.expert_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_expert_ffn_hidden_size or None,
+        moe_router_topk=moe.top_k,
+        moe_router_num_groups=moe.num_groups if moe.num_groups > 1 else None,
+        moe_router_group_topk=moe.group_top_k if moe.num_groups > 1 else None,
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=moe.routed_scaling_factor,
+        moe_router_enable_expert_bias=False,
+        moe_router_bias_update_rate=moe.bias_update_rate,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+        moe_token_dispatcher_type=parallel.dispatcher,
+        moe_grouped_gemm=False,
+        moe_permute_fusion=False,
+    )
+
+
+def _check_moe(model: ModelConfig, parallel: ParallelConfig) -> None:
+    moe = model.moe
+    _check_division("model.moe.num_experts", moe.num_experts, "parallel.ep", parallel.ep)
+    _check_division("model.moe.num_experts", moe.num_experts, "model.moe.num_groups", moe.num_groups)
+    if moe.num_groups > 1 and moe.top_k != 2 * moe.group_top_k:
+        raise ConfigError(
+            f"model.moe.top_k={moe.top_k} must be 2 x model.moe.group_top_k={moe.group_top_k}: groups are ranked by "
+            f"their two best experts, which Megatron-Core computes only then; use top_k={2 * moe.group_top_k}"
+        )
+    if moe.num_groups > 1 and moe.group_top_k > moe.num_groups:
+        raise ConfigError(
+            f"model.moe.group_top_k={moe.group_top_k} exceeds model.moe.num_groups={moe.num_groups}; lower it"
+        )
+    available = moe.num_experts // moe.num_groups * (moe.group_top_k if moe.num_groups > 1 else 1)
+    if moe.top_k > available:
+        raise ConfigError(f"model.moe.top_k={moe.top_k} exceeds the {available} experts it chooses from; lower it")
+    if parallel.dispatcher not in ("alltoall", "allgather"):
+        raise ConfigError(f"parallel.dispatcher={parallel.dispatcher} is unknown; use alltoall or allgather")
+    if parallel.tp > 1 and not parallel.sp:
+        raise ConfigError(f"parallel.tp={parallel.tp} with experts needs sequence parallelism; set parallel.sp=true")
+
+
+def _check_division(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if divisor < 1 or value % divisor:
+        fits = [str(candidate) for candidate in range(1, min(value, 64) + 1) if value % candidate == 0]
+        raise ConfigError(f"{divisor_name}={divisor} does not divide {name}={value}; use {', '.join(fits)}")

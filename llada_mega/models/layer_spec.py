@@ -1,0 +1,72 @@
+"""Layer specs: Megatron's local modules, our norm, attention and router, and checkpoint keys of the TE spec."""
+
+from __future__ import annotations
+
+import functools
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from llada_mega.config.model import ModelConfig
+from llada_mega.models.attention import IntervalCoreAttention
+from llada_mega.models.norm import RMSNorm
+from llada_mega.models.router import BalancedRouter
+from llada_mega.parallel import megatron_compat
+
+# TransformerEngine fuses a norm into the linear layer behind it, and names its weight accordingly. Checkpoints use
+# those names whatever the implementation. A MoE layer's second norm feeds the router too, so TE leaves it alone.
+_ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE_KEYS = {**_ATTENTION_KEYS, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def layer_spec(model: ModelConfig, layer_index: int) -> ModuleSpec:
+    """Spec of the transformer layer with the 0-based global ``layer_index``."""
+    is_moe = model.is_moe_layer(layer_index)
+    qk_norm = RMSNorm if model.qk_norm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=functools.partial(IntervalCoreAttention, backend=model.attention_backend),
+        linear_proj=RowParallelLinear,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=megatron_compat.moe_mlp(BalancedRouter) if is_moe else megatron_compat.dense_mlp(),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(_ATTENTION_KEYS if is_moe else _DENSE_KEYS),
+        ),
+    )
+
+
+def layer_offset(config: TransformerConfig, pp_rank: int, vp_stage: int | None = None) -> int:
+    """Number of layers before the first layer of this pipeline stage (of this model chunk)."""
+    return get_transformer_layer_offset(config, vp_stage, pp_rank)
+
+
+def block_spec(
+    model: ModelConfig, config: TransformerConfig, pp_rank: int, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Specs of the layers on this pipeline stage (of this model chunk) and of the final norm."""
+    first = layer_offset(config, pp_rank, vp_stage)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    layers = [layer_spec(model, layer) for layer in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -1,0 +1,168 @@
+"""Output projection and cross entropy of chosen rows, a chunk of rows at a time.
+
+With a vocabulary of 157K and thousands of masked tokens the logits are the largest tensor of a step. Here they never
+exist as a whole: each chunk's logits are turned into losses and, when a gradient is wanted, into its share of the
+gradients of the hidden states and of the output matrix, and dropped. Peak logit memory is chunk x V/tp.
+
+Legend: R rows, C rows of a chunk, H hidden size, V columns of this tensor-parallel rank (vocabulary padding included).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_tensor_model_parallel_region
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+CHUNK_ROWS = 1024
+
+
+class RowLosses(NamedTuple):
+    """Losses of the logit rows. Only ``loss_sum`` carries a gradient.
+
+    Attributes:
+        loss_sum: scalar, fp32 or fp64: sum over rows of weight x cross entropy (nats).
+        cross_entropy_R: unweighted cross entropy of each row (nats).
+        correct_R: bool, the most probable token is the label.
+    """
+
+    loss_sum: Tensor
+    cross_entropy_R: Tensor
+    correct_R: Tensor
+
+
+def chunked_cross_entropy(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    labels_R: Tensor,
+    weights_R: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup,
+    chunk_rows: int = CHUNK_ROWS,
+) -> RowLosses:
+    """Weighted cross entropy of ``hidden_RH @ weight_VH.T`` against ``labels_R``.
+
+    Args:
+        hidden_RH: final hidden states, equal on all tensor-parallel ranks; the gradient is summed over them.
+        weight_VH: this rank's rows of the output matrix; rows from ``vocab_size`` on (globally) are padding and take
+            no part in the softmax.
+        labels_R: int64 global token ids below ``vocab_size``.
+        weights_R: float weights; a row of weight 0 contributes nothing to loss and gradients.
+        vocab_size: real tokens.
+        tp_group: ranks that share the vocabulary, in order of their rows.
+        chunk_rows: C.
+    """
+    outputs = _ChunkedCrossEntropy.apply(
+        hidden_RH,
+        weight_VH,
+        labels_R,
+        weights_R,
+        vocab_size,
+        tp_group,
+        chunk_rows,
+        torch.is_grad_enabled() and (hidden_RH.requires_grad or weight_VH.requires_grad),
+    )
+    return RowLosses(*outputs)
+
+
+def row_logits(hidden_RH: Tensor, weight_VH: Tensor, *, vocab_size: int, tp_group: ProcessGroup) -> Tensor:
+    """Logits of the real vocabulary, gathered over tensor-parallel ranks: ``[R, vocab_size]``, fp32 at least."""
+    hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
+    logits = F.linear(hidden_RH, weight_VH)
+    logits = gather_from_tensor_model_parallel_region(logits, group=tp_group)
+    return logits[:, :vocab_size].to(_wide(logits.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, when the logits are there; the backward pass scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        labels_R: Tensor,
+        weights_R: Tensor,
+        vocab_size: int,
+        tp_group: ProcessGroup,
+        chunk_rows: int,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = _wide(hidden_RH.dtype)
+        first = tp_group.rank() * weight_VH.shape[0]  # global id of this rank's first row
+        num_real = min(max(vocab_size - first, 0), weight_VH.shape[0])
+        weights_R = weights_R.to(wide)
+        cross_entropy_R = torch.empty(labels_R.shape, dtype=wide, device=hidden_RH.device)
+        correct_R = torch.empty(labels_R.shape, dtype=torch.bool, device=hidden_RH.device)
+        hidden_grad_RH = torch.empty_like(hidden_RH) if with_gradients else None
+        weight_grad_VH = torch.zeros_like(weight_VH, dtype=wide) if with_gradients else None
+        for start in range(0, labels_R.numel(), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            hidden_CH = hidden_RH[rows]
+            logits_CV = F.linear(hidden_CH, weight_VH).to(wide)
+            logits_CV[:, num_real:] = -torch.inf
+            cross_entropy_R[rows], correct_R[rows], label_columns = _softmax_(
+                logits_CV, labels_R[rows] - first, num_real, first, tp_group
+            )
+            if hidden_grad_RH is None or weight_grad_VH is None:
+                continue
+            logits_CV[label_columns] -= 1.0  # probabilities now: p - onehot is the gradient of the cross entropy
+            logits_CV *= weights_R[rows, None]
+            gradient_CV = logits_CV.to(hidden_RH.dtype)
+            torch.mm(gradient_CV, weight_VH, out=hidden_grad_RH[rows])
+            weight_grad_VH += gradient_CV.t() @ hidden_CH
+        loss_sum = (cross_entropy_R * weights_R).sum()
+        ctx.tp_group = tp_group
+        if with_gradients:
+            ctx.save_for_backward(hidden_grad_RH, weight_grad_VH)
+        ctx.mark_non_differentiable(cross_entropy_R, correct_R)
+        return loss_sum, cross_entropy_R, correct_R
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_outputs[0]
+        hidden_grad_RH, weight_grad_VH = ctx.saved_tensors
+        hidden_grad_RH = hidden_grad_RH * scale.to(hidden_grad_RH.dtype)
+        if ctx.tp_group.size() > 1:
+            dist.all_reduce(hidden_grad_RH, group=ctx.tp_group)
+        weight_grad = (weight_grad_VH * scale).to(hidden_grad_RH.dtype)
+        return hidden_grad_RH, weight_grad, None, None, None, None, None, None
+
+
+def _softmax_(
+    logits_CV: Tensor, local_labels_C: Tensor, num_real: int, first: int, tp_group: ProcessGroup
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Turn ``logits_CV`` into probabilities in place.
+
+    Returns the cross entropy [C], whether the label is the argmax [C], and the (row, column) indices of those labels
+    that lie in this rank's columns. A tie for the maximum goes to the smallest token id.
+    """
+    parallel = tp_group.size() > 1
+    maximum_C, argmax_C = logits_CV.max(dim=-1)
+    local_maximum_C = maximum_C.clone()
+    if parallel:
+        dist.all_reduce(maximum_C, op=dist.ReduceOp.MAX, group=tp_group)
+    owned_C = (local_labels_C >= 0) & (local_labels_C < num_real)
+    rows = owned_C.nonzero().squeeze(1)
+    columns = local_labels_C[rows]
+    logits_CV -= maximum_C[:, None]
+    label_logit_C = torch.zeros_like(maximum_C).index_put((rows,), logits_CV[rows, columns])
+    logits_CV.exp_()
+    total_C = logits_CV.sum(dim=-1)
+    best_C = torch.where(local_maximum_C == maximum_C, argmax_C + first, torch.iinfo(torch.int64).max)
+    if parallel:
+        both = torch.stack([label_logit_C, total_C])
+        dist.all_reduce(both, group=tp_group)
+        label_logit_C, total_C = both.unbind()
+        dist.all_reduce(best_C, op=dist.ReduceOp.MIN, group=tp_group)
+    logits_CV /= total_C[:, None]
+    return total_C.log() - label_logit_C, best_C == local_labels_C + first, (rows, columns)

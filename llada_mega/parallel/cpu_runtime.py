@@ -1,0 +1,288 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron-Core asks for ``torch.cuda.current_device()``, ``device="cuda"``, CUDA streams and the CUDA generator in the
+middle of otherwise device-independent code. :func:`install` gives the ``megatron.core`` modules, and nobody else, a
+``torch`` whose "cuda" is the CPU: their module-level name ``torch`` becomes a proxy. Modules that are loaded already
+are patched at once, the others when they are imported, so the order of imports does not matter. torch itself keeps
+its behaviour for everyone else, with one exception: ``Tensor.cuda()``, which could only raise, returns the tensor.
+
+With CUDA, :func:`install` does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+_PACKAGE = "megatron.core"
+_CPU = torch.device("cpu")
+_FACTORIES = frozenset(
+    "zeros ones empty full tensor as_tensor arange linspace rand randn randint eye "
+    "zeros_like ones_like empty_like full_like rand_like randn_like empty_strided".split()
+)
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float64: "torch.cuda.DoubleTensor",
+}
+_installed = False
+
+
+def install() -> None:
+    """Make ``megatron.core`` run on the CPU; a no-op with CUDA and when called again."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    sys.meta_path.insert(0, _PatchOnImport())
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_PACKAGE) and module is not None:
+            _patch(module)
+
+
+def is_installed() -> bool:
+    """True when this process runs Megatron-Core on the CPU through this module."""
+    return _installed
+
+
+# ---- the torch that Megatron-Core sees -------------------------------------------------------------------------------
+
+
+def _means_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """``factory`` with ``device="cuda"`` read as the CPU and ``pin_memory`` ignored."""
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _means_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _Stream:
+    """All work on the CPU is done in order: waiting for a stream or an event is doing nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.random.default_generator.manual_seed(seed)
+
+
+class _Proxy(types.ModuleType):
+    """A module with some names replaced; the others are looked up in ``original`` once and kept."""
+
+    def __init__(self, original: types.ModuleType, **replaced: Any) -> None:
+        super().__init__(original.__name__)
+        self.__dict__.update(replaced, _original=original)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_original"], name)
+        if callable(value):
+            self.__dict__[name] = value
+        return value
+
+
+_RNG = {"get_rng_state": _rng_state, "set_rng_state": _set_rng_state, "manual_seed": _manual_seed}
+_CUDA = _Proxy(
+    torch.cuda,
+    current_device=lambda: _CPU,
+    set_device=_nothing,
+    synchronize=_nothing,
+    empty_cache=_nothing,
+    current_stream=lambda *args: _Stream(),
+    default_stream=lambda *args: _Stream(),
+    stream=lambda stream: contextlib.nullcontext(),
+    Stream=_Stream,
+    Event=_Event,
+    nvtx=_Proxy(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing),
+    random=_Proxy(torch.cuda.random, **_RNG),
+    manual_seed_all=_manual_seed,
+    **_RNG,
+)
+_TORCH = _Proxy(torch, cuda=_CUDA, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+
+
+# ---- patching --------------------------------------------------------------------------------------------------------
+
+
+class _PatchOnImport(importlib.abc.MetaPathFinder):
+    """Patches each ``megatron.core`` module right after it was executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith(_PACKAGE):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                _patch(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _patch(module: types.ModuleType) -> None:
+    if module.__dict__.get("torch") is torch:
+        module.torch = _TORCH  # type: ignore[attr-defined]
+    special = _SPECIAL.get(module.__name__)
+    if special is not None:
+        special(module)
+
+
+def _patch_jit(jit: Any) -> None:
+    """``jit_fuser`` is torch.compile: compiling a sum of two tensors costs more than it ever saves on a CPU."""
+    jit.disable_jit_fuser()
+
+
+def _patch_random(random: Any) -> None:
+    """One generator plays both the CPU's and the device's role, so the tracker swaps that one."""
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        if name not in self.states_:
+            raise KeyError(f"no generator state {name!r}: call llada_mega.parallel.initialize first")
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+    random.CudaRNGStatesTracker.fork = fork
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """``maybe_move_tensor_to_cpu`` of Megatron-Core, which leaves a CPU tensor as it is even when numpy is wanted."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _patch_moe_utils(moe_utils: Any) -> None:
+    moe_utils.maybe_move_tensor_to_cpu = _to_host
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads the name but binds it only with TransformerEngine
+        moe_utils.te_general_gemm = None
+
+
+def _patch_token_dispatcher(token_dispatcher: Any) -> None:
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_host
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """``Tensor.type()`` answers as on a GPU: the optimizers sort parameters by that name."""
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return _CUDA_TYPE_NAMES.get(self.dtype) or original(self)
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _patch_clip_grads(clip_grads: Any) -> None:
+    clip_grads.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+
+
+def _patch_optimizer(optimizer: Any) -> None:
+    mixed = optimizer.Float16OptimizerWithFloat16Params
+    mixed.__init__ = _with_cuda_type_names(mixed.__init__)
+
+
+def _patch_distributed_optimizer(distrib_optimizer: Any) -> None:
+    cls = distrib_optimizer.DistributedOptimizer
+    cls.__init__ = _with_cuda_type_names(cls.__init__)
+
+
+_SPECIAL: dict[str, Callable[[Any], None]] = {
+    "megatron.core.jit": _patch_jit,
+    "megatron.core.tensor_parallel.random": _patch_random,
+    "megatron.core.transformer.moe.moe_utils": _patch_moe_utils,
+    "megatron.core.transformer.moe.token_dispatcher": _patch_token_dispatcher,
+    "megatron.core.optimizer.clip_grads": _patch_clip_grads,
+    "megatron.core.optimizer.optimizer": _patch_optimizer,
+    "megatron.core.optimizer.distrib_optimizer": _patch_distributed_optimizer,
+}

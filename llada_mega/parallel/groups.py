@@ -1,0 +1,184 @@
+"""Process groups: one typed object, made once a process, for a single process and for every launcher."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from llada_mega.config.run import ParallelConfig
+from llada_mega.errors import ConfigError
+from llada_mega.parallel import cpu_runtime
+
+_groups: ParallelGroups | None = None
+_owns_world = False
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The process groups of this rank, under the names of Megatron's ``ProcessGroupCollection``.
+
+    ``dp`` does not include context parallelism, ``dp_cp`` does; ``tp_dp_cp`` are the ranks that hold the same layers.
+    """
+
+    config: ParallelConfig
+    collection: Any  # megatron.core.process_groups_config.ProcessGroupCollection, for Megatron's own calls
+    tp: ProcessGroup
+    pp: ProcessGroup
+    cp: ProcessGroup
+    ep: ProcessGroup
+    dp: ProcessGroup
+    dp_cp: ProcessGroup
+    tp_dp_cp: ProcessGroup
+    expt_tp: ProcessGroup
+    expt_dp: ProcessGroup
+    mp: ProcessGroup  # tensor x pipeline
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True on the ranks that hold the embedding."""
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True on the ranks that compute the loss."""
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def rank(self) -> int:
+        """Rank in the world."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return dist.get_world_size()
+
+
+def initialize(parallel: ParallelConfig, backend: str | None = None, seed: int = 1234) -> ParallelGroups:
+    """Create the process groups, from torchrun's environment or, without one, for this process alone.
+
+    Args:
+        parallel: sizes of the groups.
+        backend: "nccl" or "gloo"; default nccl with CUDA, else gloo.
+        seed: of Megatron's generators. Nothing in this project draws from them: dropout is zero, initial weights and
+            noise have their own counters.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of processes, each other, or what is supported.
+    """
+    global _groups, _owns_world
+    if _groups is not None:
+        raise ConfigError("process groups exist already; call llada_mega.parallel.destroy() first")
+    cpu_runtime.install()
+    with warnings.catch_warnings():  # Megatron-Core lists what is not installed: llada-mega doctor does that
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    check_sizes(parallel, world_size)
+    device = _device()
+    if not dist.is_initialized():
+        _init_world(backend or ("nccl" if device.type == "cuda" else "gloo"), world_size)
+        _owns_world = True
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    names = ("tp", "pp", "cp", "ep", "dp", "dp_cp", "tp_dp_cp", "expt_tp", "expt_dp", "mp")
+    groups = {name: getattr(collection, name) for name in names}
+    _groups = ParallelGroups(config=parallel, collection=collection, device=device, **groups)
+    return _groups
+
+
+def ensure_single_process() -> ParallelGroups:
+    """The groups of this process; when there are none yet, those of one process alone.
+
+    For the Python API and for commands that run in one process. Opens no port of a fixed number.
+    """
+    return _groups if _groups is not None else initialize(ParallelConfig())
+
+
+def current_groups() -> ParallelGroups:
+    """The groups made by :func:`initialize`.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if _groups is None:
+        raise ConfigError("process groups are not initialised; call llada_mega.parallel.initialize(...) first")
+    return _groups
+
+
+def destroy() -> None:
+    """Undo :func:`initialize`; harmless when there is nothing to undo."""
+    global _groups, _owns_world
+    if _groups is None:
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    _groups = None
+    if _owns_world and dist.is_initialized():
+        dist.destroy_process_group()
+    _owns_world = False
+
+
+def check_sizes(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse group sizes that cannot be laid out over ``world_size`` processes.
+
+    Raises:
+        ConfigError: naming the keys, the values and a fix.
+    """
+    for name in ("tp", "pp", "cp", "ep", "etp"):
+        if getattr(parallel, name) < 1:
+            raise ConfigError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
+    if parallel.cp > 1:
+        raise ConfigError(f"parallel.cp={parallel.cp}: context parallelism is not supported yet; use parallel.cp=1")
+    model_size = parallel.tp * parallel.pp * parallel.cp
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp} = {model_size} "
+            f"does not divide the number of processes {world_size}; start a multiple of {model_size} processes"
+        )
+    expert_size = parallel.etp * parallel.ep * parallel.pp
+    if world_size % expert_size:
+        raise ConfigError(
+            f"parallel.etp={parallel.etp} x parallel.ep={parallel.ep} x parallel.pp={parallel.pp} = {expert_size} "
+            f"does not divide the number of processes {world_size}; lower parallel.ep or start more processes"
+        )
+    if parallel.vp is not None and parallel.pp == 1:
+        raise ConfigError(f"parallel.vp={parallel.vp} needs parallel.pp > 1; leave parallel.vp null")
+    if parallel.sp and parallel.tp == 1:
+        raise ConfigError("parallel.sp=true needs parallel.tp > 1; set parallel.sp=false")
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_world(backend: str, world_size: int) -> None:
+    timeout = timedelta(minutes=30)
+    if world_size > 1 or "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
