@@ -64,12 +64,12 @@ class CosineSchedule(Schedule):
 SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in (LinearSchedule(), CosineSchedule())}
 
 
-def get_schedule(name: str) -> Schedule:
+def get_schedule(name: str, key: str = "objective.schedule") -> Schedule:
     """The schedule called ``name``.
 
     Raises:
-        ConfigError: no such schedule.
+        ConfigError: no such schedule; the message names ``key``.
     """
     if name not in SCHEDULES:
-        raise ConfigError(f"objective.schedule={name} is unknown; use {' or '.join(SCHEDULES)}")
+        raise ConfigError(f"{key}={name} is unknown; use {' or '.join(SCHEDULES)}")
     return SCHEDULES[name]

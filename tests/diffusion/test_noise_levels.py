@@ -34,8 +34,8 @@ def test_units_of_one_sample_and_of_a_window_are_evenly_covered(level: str) -> N
     lengths, block_size = ((2,) * 64, 2) if level == "document" else ((128,), 2)
     window = torch.stack([levels(i, lengths=lengths, level=level, block_size=block_size)[::2] for i in range(64)])
     for points in (*window.T[:5], *window[:5]):
-        assert 64 * star_discrepancy(points) < 6
-    assert 4096 * star_discrepancy(window.flatten()) < 150  # 4,096 random draws: about 60; a repeated row: 64 and up
+        assert 64 * star_discrepancy(points) < 2.5
+    assert 4096 * star_discrepancy(window.flatten()) < 10  # random draws: about 60
     assert window.unique().numel() == 4096
 
 

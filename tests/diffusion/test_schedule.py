@@ -48,5 +48,5 @@ def test_mask_probability_is_no_alias_of_t() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ConfigError, match="objective.schedule=square is unknown; use linear or cosine"):
+    with pytest.raises(ConfigError, match=r"objective\.schedule=square is unknown; use linear or cosine"):
         get_schedule("square")
