@@ -61,45 +61,45 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
         ConfigError: the shape cannot be built or split.
     """
     check_model(model, parallel)
-    fields: dict[str, object] = dict(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_hidden_size,
-        add_bias_linear=False,
-        add_qkv_bias=model.qkv_bias,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.norm_eps,
-        qk_layernorm=model.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=model.init_std,
-        perform_initialization=False,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        transformer_impl="local",
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        calculate_per_token_loss=True,
-        hetereogenous_dist_checkpoint=True,  # (sic) one checkpoint key a layer
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vp,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp,
-        sequence_parallel=parallel.sp,
-        variable_seq_lengths=parallel.pp > 1,
-    )
+    fields: dict[str, object] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "qk_layernorm": model.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_std,
+        "perform_initialization": False,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "transformer_impl": "local",
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "calculate_per_token_loss": True,
+        "hetereogenous_dist_checkpoint": True,  # (sic) one checkpoint key a layer
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vp,
+        "context_parallel_size": parallel.cp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
+        "sequence_parallel": parallel.sp,
+        "variable_seq_lengths": parallel.pp > 1,
+    }
     fields |= _recompute_fields(parallel) | _pipeline_fields(parallel)
     if model.is_moe:
         fields |= _moe_fields(model, parallel, dtype)
@@ -108,9 +108,9 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
 
 def _recompute_fields(parallel: ParallelConfig) -> dict[str, object]:
     if parallel.recompute == "full":
-        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if parallel.recompute == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
 
 
@@ -119,30 +119,30 @@ def _pipeline_fields(parallel: ParallelConfig) -> dict[str, object]:
         return {}
     # On gloo an interleaved schedule is exact only like this: batched sends, and freeing outputs early under
     # overlapped sends, give wrong gradients.
-    return dict(batch_p2p_comm=False, overlap_p2p_comm=True, deallocate_pipeline_outputs=torch.cuda.is_available())
+    return {"batch_p2p_comm": False, "overlap_p2p_comm": True, "deallocate_pipeline_outputs": torch.cuda.is_available()}
 
 
 def _moe_fields(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
     moe = model.moe
-    return dict(
-        num_moe_experts=moe.num_experts,
-        moe_layer_freq=[int(model.is_moe_layer(layer)) for layer in range(model.num_layers)],
-        moe_ffn_hidden_size=moe.expert_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=moe.shared_expert_ffn_hidden_size or None,
-        moe_router_topk=moe.top_k,
-        moe_router_num_groups=moe.num_groups if moe.num_groups > 1 else None,
-        moe_router_group_topk=moe.group_top_k if moe.num_groups > 1 else None,
-        moe_router_score_function="sigmoid",
-        moe_router_topk_scaling_factor=moe.routed_scaling_factor,
-        moe_router_enable_expert_bias=False,
-        moe_router_bias_update_rate=moe.bias_update_rate,
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
-        moe_token_dispatcher_type=parallel.dispatcher,
-        moe_grouped_gemm=False,
-        moe_permute_fusion=False,
-    )
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(model.is_moe_layer(layer)) for layer in range(model.num_layers)],
+        "moe_ffn_hidden_size": moe.expert_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size or None,
+        "moe_router_topk": moe.top_k,
+        "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
+        "moe_router_group_topk": moe.group_top_k if moe.num_groups > 1 else None,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
+        "moe_router_enable_expert_bias": False,
+        "moe_router_bias_update_rate": moe.bias_update_rate,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
+        "moe_token_dispatcher_type": parallel.dispatcher,
+        "moe_grouped_gemm": False,
+        "moe_permute_fusion": False,
+    }
 
 
 def _check_moe(model: ModelConfig, parallel: ParallelConfig) -> None:

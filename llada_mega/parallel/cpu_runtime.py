@@ -25,8 +25,7 @@ import torch
 _PACKAGE = "megatron.core"
 _CPU = torch.device("cpu")
 _FACTORIES = frozenset(
-    "zeros ones empty full tensor as_tensor arange linspace rand randn randint eye "
-    "zeros_like ones_like empty_like full_like rand_like randn_like empty_strided".split()
+    ["zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "linspace", "rand", "randn", "randint", "eye", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "empty_strided"]
 )
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
