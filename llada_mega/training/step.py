@@ -18,10 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_mega.data.batch import Batch
-from llada_mega.models import mask_carrier
-from llada_mega.models.embedding import EmbeddingNoise
-from llada_mega.models.logits import RowLosses
-from llada_mega.parallel.groups import ParallelGroups
+from llada_mega.models import EmbeddingNoise, RowLosses, mask_carrier
+from llada_mega.parallel import ParallelGroups
 from llada_mega.training.flops import batch_flops
 from llada_mega.training.state import NOISE_BINS, StepMeasurement, noise_bin_name
 

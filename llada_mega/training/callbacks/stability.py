@@ -10,6 +10,7 @@ from typing import Any
 from llada_mega.config.training import StabilityConfig
 from llada_mega.errors import TrainingError
 from llada_mega.training.callback import Callback
+from llada_mega.training.mask_embedding import embedding_rms
 from llada_mega.training.state import StepMeasurement
 from llada_mega.training.trainer import Trainer
 
@@ -84,7 +85,7 @@ class StabilityCallback(Callback):
 
     @staticmethod
     def _mask_rms(trainer: Trainer) -> float:
-        return trainer.step.bare_model.embedding_rms(trainer.config.model.mask_token_id)
+        return embedding_rms(trainer.step.bare_model, trainer.config.model.mask_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": list(self._history), "skipped": self._skipped, "noise_was_on": self._noise_was_on}

@@ -1,0 +1,214 @@
+"""How a run is put together: directory, processes, data, model, optimizer, resume, callbacks, loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+
+from llada_mega.checkpoint.checkpoint import (
+    load_model_weights,
+    read_model_config,
+    resolve_checkpoint,
+    tokenizer_directory,
+)
+from llada_mega.config.schema import Config
+from llada_mega.diffusion.curriculum import Curriculum, build_curriculum
+from llada_mega.errors import CheckpointError, ConfigError
+from llada_mega.models import build_model
+from llada_mega.parallel import ParallelGroups, destroy, initialize
+from llada_mega.training.callback import Callback
+from llada_mega.training.callbacks.checkpointing import CheckpointCallback
+from llada_mega.training.callbacks.metrics import MetricsCallback
+from llada_mega.training.callbacks.progress import ProgressCallback
+from llada_mega.training.callbacks.sinks import JsonlSink, TensorBoardSink, WandbSink
+from llada_mega.training.callbacks.stability import StabilityCallback
+from llada_mega.training.callbacks.validation import ValidationCallback
+from llada_mega.training.data import TrainingData
+from llada_mega.training.mask_embedding import embedding_rms
+from llada_mega.training.optimizer import build_optimizer, wrap_data_parallel
+from llada_mega.training.redaction import redact
+from llada_mega.training.resume import check_contract, find_resume_point, first_difference, restore
+from llada_mega.training.state import TrainState
+from llada_mega.training.step import TrainStep
+from llada_mega.training.trainer import Trainer
+
+logger = logging.getLogger("llada_mega")
+
+
+def run_training(config: Config, console: Console | None = None) -> TrainState:
+    """Train as ``config`` says; the same function on a laptop and under torchrun.
+
+    Args:
+        config: validated (:func:`llada_mega.config.validate.validate`).
+        console: where progress goes on the first rank.
+    Returns:
+        where the run ended.
+    Raises:
+        ConfigError, DataError, CheckpointError: the input does not fit together; nothing was trained.
+        TrainingError: the run could not go on; its last checkpoint is intact.
+    """
+    console = console or Console()
+    check_supported(config)
+    # All that can be refused is checked before processes, data and weights cost time.
+    run_dir = prepare_run_directory(config)
+    curriculum = curriculum_of(config)
+    resume_from = find_resume_point(config, run_dir)
+    saved = check_contract(config, curriculum, resume_from) if resume_from else None
+    init_from = initial_checkpoint(config) if resume_from is None else None
+    data = TrainingData(config, curriculum)
+
+    groups = initialize(config.parallel, seed=config.seed)
+    try:
+        writes_files = groups.rank == 0
+        if writes_files:
+            write_config(config, run_dir)
+            _log_to_console(console)
+        step = build_step(config, groups, init_from, random_weights=resume_from is None and init_from is None)
+        callbacks = build_callbacks(config, run_dir, data, console, writes_files)
+        if resume_from is not None and saved is not None:
+            state = restore(step, resume_from, saved, callbacks)
+            logger.info(f"resumed from {resume_from} at step {state.step}")
+        else:
+            state = TrainState(embedding_rms=embedding_rms(step.bare_model))
+        trainer = Trainer(
+            config=config,
+            step=step,
+            curriculum=curriculum,
+            state=state,
+            batches=data.batches(state.consumed_samples, rank=groups.dp.rank(), world_size=groups.dp.size()),
+            callbacks=callbacks,
+            writes_files=writes_files,
+        )
+        trainer.fit()
+        return trainer.state
+    finally:
+        destroy()
+
+
+def check_supported(config: Config) -> None:
+    """Refuse what composes and can be planned but does not train yet.
+
+    Raises:
+        ConfigError: naming the key, the value and what to use instead.
+    """
+    for name in ("tp", "pp", "cp", "ep", "etp"):
+        value = getattr(config.parallel, name)
+        if value > 1:
+            raise ConfigError(
+                f"parallel.{name}={value}: this version trains with data parallelism only; use parallel.{name}=1"
+            )
+    if config.parallel.distributed_optimizer:
+        raise ConfigError(
+            "parallel.distributed_optimizer=true cannot be resumed exactly yet; use parallel.distributed_optimizer=false"
+        )
+    if config.model.implementation == "te":
+        raise ConfigError("model.implementation=te is not built yet; use model.implementation=local or auto")
+
+
+def prepare_run_directory(config: Config) -> Path:
+    """Create ``run.dir``; fail early when it cannot be written."""
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another run.dir") from error
+    return run_dir
+
+
+def curriculum_of(config: Config) -> Curriculum:
+    """The run's curriculum, resolved to samples."""
+    return build_curriculum(
+        config.curriculum.stages,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.trainer.global_batch_size,
+        base_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        default_objective=config.objective,
+    )
+
+
+def initial_checkpoint(config: Config) -> Path | None:
+    """The checkpoint of ``trainer.init``, checked against the model.
+
+    Raises:
+        CheckpointError: it is missing or incomplete, or holds another model.
+    """
+    if config.trainer.init is None:
+        return None
+    path = resolve_checkpoint(Path(config.trainer.init))
+    stored, wanted = (dataclasses.asdict(m) for m in (read_model_config(path), config.model))
+    for free in ("attention_backend", "implementation", "init_std"):
+        stored.pop(free), wanted.pop(free)
+    difference = first_difference(stored, wanted, "model")
+    if difference is not None:
+        key, old, new = difference
+        raise CheckpointError(
+            f"trainer.init={path} has {key}={old!r}, the configuration has {new!r}; use model=from_init to take the "
+            f"checkpoint's model, or set {key}={old}"
+        )
+    return path
+
+
+def write_config(config: Config, run_dir: Path) -> None:
+    """``RUN/config.yaml``: resolved, secrets redacted."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    (run_dir / "config.yaml").write_text(redact(text))
+
+
+def build_step(config: Config, groups: ParallelGroups, init_from: Path | None, *, random_weights: bool) -> TrainStep:
+    """Model, data-parallel wrapper and optimizer."""
+    if config.trainer.deterministic:
+        torch.use_deterministic_algorithms(True)
+    dtype = getattr(torch, config.trainer.dtype)
+    model = build_model(config.model, parallel=config.parallel, dtype=dtype, seed=config.seed, groups=groups)
+    model.to(groups.device)
+    if init_from is not None:
+        load_model_weights(init_from, model)
+    wrapped = wrap_data_parallel(model, config.parallel)
+    optimizer = build_optimizer(config.optimizer, wrapped, config.parallel, dtype)
+    return TrainStep(wrapped, optimizer, groups, seed=config.seed, device=groups.device)
+
+
+def build_callbacks(
+    config: Config, run_dir: Path, data: TrainingData, console: Console, writes_files: bool
+) -> list[Callback]:
+    """Features in the order of their hooks: rows before sinks' state, validation before the checkpoint that keeps it."""
+    callbacks: list[Callback] = [MetricsCallback(), StabilityCallback(config.trainer.stability)]
+    if config.trainer.validation.every:
+        callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples(), config.seed))
+    callbacks.append(CheckpointCallback(run_dir, config.checkpoint, tokenizer_source(config)))
+    callbacks.append(JsonlSink(run_dir))
+    if writes_files and config.logging.progress:
+        callbacks.append(ProgressCallback(console))
+    if writes_files and config.logging.tensorboard:
+        callbacks.append(TensorBoardSink(run_dir))
+    if writes_files and config.logging.wandb:
+        plain: dict[str, Any] = yaml.safe_load(redact(yaml.safe_dump(dataclasses.asdict(config))))
+        callbacks.append(
+            WandbSink(run_dir, plain, config.logging.wandb_project, config.logging.wandb_mode, config.run.name)
+        )
+    return callbacks
+
+
+def tokenizer_source(config: Config) -> Path | None:
+    """Where checkpoints take their tokenizer files from: ``data.tokenizer``, else the initial checkpoint."""
+    if config.data.tokenizer is not None:
+        return Path(config.data.tokenizer)
+    return tokenizer_directory(Path(config.trainer.init)) if config.trainer.init else None
+
+
+def _log_to_console(console: Console) -> None:
+    if not logger.handlers:
+        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
