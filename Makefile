@@ -1,0 +1,72 @@
+# Everything runs in virtual environments inside this clone; the only other thing used is pip's own cache.
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+SHELL := bash
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-latest latest-python lint format bench docs clean
+
+VENV := .venv
+LATEST := .venv-latest
+BIN := $(VENV)/bin
+# A candidate must run (pyenv leaves shims that do not), be recent enough and be able to make an environment.
+find_python = $(shell for python in $(1) python3 python $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.*/bin/python 2>/dev/null | sort -V); do \
+	if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < $(2))' >/dev/null 2>&1; then echo "$$python"; break; fi; done)
+PYTHON ?= $(call find_python,python3.11 python3.12 python3.13 python3.14,(3, 11))
+LATEST_PYTHON ?= $(call find_python,python3.12 python3.13 python3.14,(3, 12))
+INPUTS := pyproject.toml setup.py constraints.txt
+PYTEST_WORKERS ?= 2
+PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
+
+help:
+	@echo "make quickstart    turn SmolLM2-135M into a block-diffusion model on this machine (QUICKSTART=moe: a tiny MoE)"
+	echo "make test          all tests; PYTEST='-k name' narrows them"
+	echo "make test-latest   model tests on Python 3.12+ with the newest supported Megatron-Core"
+	echo "make lint          ruff, mypy, shellcheck"
+	echo "make format        let ruff rewrite the sources"
+	echo "make bench         time the attention backends"
+	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
+	echo "make clean         remove the environments"
+
+# One recipe for both environments: Python, then torch (pinned per Python version), then the project with its extras.
+define install
+	@test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip was found; install one or set $(4)=/path/to/python" >&2; exit 2; }
+	"$(2)" -m venv --clear $(1)
+	$(1)/bin/python $(PIP_INSTALL) torch
+	$(1)/bin/python $(PIP_INSTALL) --editable '.[dev,logging]'
+	touch $(1)/.installed
+endef
+
+$(VENV)/.installed: $(INPUTS)
+	$(call install,$(VENV),$(PYTHON),3.11,PYTHON)
+
+$(LATEST)/.installed: $(INPUTS)
+	$(call install,$(LATEST),$(LATEST_PYTHON),3.12,LATEST_PYTHON)
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/llada-mega quickstart $(if $(filter moe,$(QUICKSTART)),experiment=quickstart_moe) $(ARGS)
+
+test: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST)
+
+test-latest: $(LATEST)/.installed
+	@OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/models $(PYTEST)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest --ignore=tests/models -m latest $(PYTEST)
+
+lint: $(VENV)/.installed
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files -z '*.sh' .ci/run | xargs -0 $(BIN)/shellcheck
+
+format: $(VENV)/.installed
+	@$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	@$(BIN)/python docs/generate.py
+
+latest-python:
+	@echo "$(LATEST_PYTHON)"
+
+clean:
+	@rm -rf $(VENV) $(LATEST) build dist ./*.egg-info

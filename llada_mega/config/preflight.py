@@ -1,0 +1,69 @@
+"""What a valid configuration still needs: its files, a directory to write to, and support by this version."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+
+from llada_mega.config.data import Corpus
+from llada_mega.config.schema import Config
+from llada_mega.errors import CheckpointError, ConfigError, DataError
+
+
+def check_supported(config: Config) -> None:
+    """Refuses what composes and validates but does not train in this version."""
+    for name in ("tp", "pp", "cp", "ep", "etp"):
+        size = getattr(config.parallel, name)
+        if size > 1:
+            raise ConfigError(
+                f"parallel.{name}={size} cannot train yet: this version splits a run by data parallelism only; "
+                f"set parallel.{name}=1"
+            )
+    if config.model.implementation == "te" and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "model.implementation=te needs TransformerEngine, which is not installed; "
+            "install llada-mega[gpu] or use model.implementation=local"
+        )
+
+
+def check_paths(config: Config) -> None:
+    """Checks that what the run reads exists and that it can write to ``run.dir``, which is made.
+
+    Raises DataError, CheckpointError or ConfigError with the key and the path.
+    """
+    _check_corpora("data.train", config.data.train)
+    _check_corpora("data.valid", config.data.valid)
+    for index, stage in enumerate(config.curriculum.stages):
+        _check_corpora(f"curriculum.stages.{index}.data", stage.data or [])
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").is_file():
+        raise DataError(f"data.tokenizer={tokenizer}: no tokenizer.json there; name a directory that has one")
+    init, resume = config.trainer.init, config.checkpoint.resume
+    if init is not None and not Path(init).is_dir():
+        raise CheckpointError(f"trainer.init={init}: no such checkpoint; make it with `llada-mega convert import`")
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise CheckpointError(
+            f"checkpoint.resume={resume}: no such checkpoint; use auto, never or a checkpoint directory"
+        )
+    _check_writable(config.run.dir)
+
+
+def _check_corpora(key: str, corpora: list[Corpus]) -> None:
+    for index, corpus in enumerate(corpora):
+        for suffix in (".bin", ".idx"):
+            if not Path(corpus.path + suffix).is_file():
+                raise DataError(
+                    f"{key}.{index}.path={corpus.path}: there is no {corpus.path}{suffix}; "
+                    "build it with `llada-mega data build`"
+                )
+
+
+def _check_writable(directory: str) -> None:
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"run.dir={directory} cannot be written to ({reason}); choose another directory") from error
