@@ -55,9 +55,7 @@ def draw_noise_levels(
         index = index_blocks(document_lengths, block_size, block_origin)
         unit_L = index.document_L if level == "document" else index.segments()
     offset = _wrap_signed(_start(seed) + _PHI * sample_index)
-    fraction_L = offset + _wrap_signed(_PSI) * unit_L  # int64 wraps around
-    unit_interval_L = 1.0 - ((fraction_L >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
-    return (t_min + (t_max - t_min) * unit_interval_L).clamp(max=t_max).to(torch.float32)
+    return _into_band(offset + _wrap_signed(_PSI) * unit_L, t_min, t_max)  # int64 wraps around
 
 
 def check_band(level: str, t_min: float, t_max: float, prefix: str = "objective") -> None:
@@ -68,6 +66,12 @@ def check_band(level: str, t_min: float, t_max: float, prefix: str = "objective"
         raise ConfigError(
             f"{prefix}.t_min={t_min} and {prefix}.t_max={t_max} are no band; use 0 <= t_min <= t_max <= 1 and t_max > 0"
         )
+
+
+def _into_band(fraction_L: Tensor, t_min: float, t_max: float) -> Tensor:
+    """Fractions of 2^64 (int64, as bits) -> float32 levels: 0 becomes t_max, the largest fraction just above t_min."""
+    fraction_L = ((fraction_L >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+    return (t_min + (t_max - t_min) * (1.0 - fraction_L)).to(torch.float32)
 
 
 def _start(seed: int) -> int:

@@ -32,10 +32,8 @@ class Stream(IntEnum):
     NOISE_LEVEL = 0
     MASK = 1
     EMBEDDING = 2
-    SHUFFLE = 3
-    BLEND = 4
-    GENERATION = 5
-    EVALUATION = 6
+    GENERATION = 3
+    EVALUATION = 4
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:

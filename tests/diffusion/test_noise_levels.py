@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_mega.diffusion.noise_levels import draw_noise_levels
+from llada_mega.diffusion.noise_levels import _into_band, draw_noise_levels
 from llada_mega.errors import ConfigError
 
 
@@ -71,10 +71,14 @@ def test_stays_in_the_band_and_is_constant_on_its_unit(
         assert len({float(t) for t in t_L}) == len(values)  # and no two units share one
 
 
-def test_never_zero() -> None:
-    """The sample whose fraction is smallest in a long window still gets a positive level."""
-    window = torch.cat([levels(i) for i in range(5000)])
-    assert window.min() > 0 and window.min() < 1e-3 and window.max() > 1 - 1e-3
+def test_ends_of_the_band() -> None:
+    """The extreme 64-bit fractions: never 0, whose weight is infinite, and never above the band."""
+    smallest, largest = torch.tensor([0]), torch.tensor([-1])
+    assert _into_band(smallest, 0.0, 1.0).item() == 1.0
+    assert 0 < _into_band(largest, 0.0, 1.0).item() < 1e-15
+    for t_min, t_max in ((0.3, 0.8), (0.1, 0.7), (0.7, 0.7)):
+        assert _into_band(smallest, t_min, t_max).item() == torch.tensor(t_max).item()
+        assert _into_band(largest, t_min, t_max).item() == torch.tensor(t_min).item()
 
 
 def test_seeds_shift_the_sequence() -> None:
