@@ -1,0 +1,147 @@
+"""Global micro-batches in order, built ahead by worker processes.
+
+Of the global batch of samples [c, c + G), data-parallel rank r of n takes the contiguous slice
+[c + r G/n, c + (r + 1) G/n), in micro-batches of consecutive samples. Batches are built from sample numbers alone, so
+the number of workers, the split into micro-batches and ranks, and the place of a restart change no sample, no mask and
+no noise level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from llada_mega.data.batch import Batch, build_batch
+from llada_mega.data.order import CurriculumSamples
+from llada_mega.diffusion.schedule import get_schedule
+from llada_mega.errors import ConfigError, LladaMegaError
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What :func:`build_batch` needs besides the stage; constant for a run."""
+
+    seed: int
+    mask_token_id: int
+    pad_token_id: int
+    block_origin: str = "document"
+    clean_tokens: str = "needed"
+    length_multiple: int = 128
+    row_multiple: int = 256
+
+
+Place = tuple[int, int, int]  # consumed samples of the global batch; first sample and number of samples to take
+
+
+class MicroBatches(Dataset[Batch | LladaMegaError]):
+    """A place in the run -> its :class:`Batch`. Errors for the user are values here: workers would wrap what is raised
+    into many lines."""
+
+    def __init__(self, samples: CurriculumSamples, options: BatchOptions) -> None:
+        self.samples, self.options = samples, options
+
+    def __getitem__(self, place: Place) -> Batch | LladaMegaError:
+        consumed, first, size = place
+        stage = self.samples.curriculum.stage_at(consumed)
+        objective = stage.objective
+        try:
+            return build_batch(
+                [self.samples[index] for index in range(first, first + size)],
+                layout=stage.layout,
+                block_size=stage.block_size,
+                objective=objective.build(),
+                schedule=get_schedule(objective.schedule),
+                t_min=objective.t_min,
+                t_max=objective.t_max,
+                level=objective.level,
+                stage_index=stage.index,
+                consumed_samples=consumed,
+                **vars(self.options),
+            )
+        except LladaMegaError as error:
+            return error
+
+
+@dataclass(frozen=True)
+class Places(Sampler[Place]):
+    """The places of one rank, in order, without holding them all."""
+
+    start_sample: int
+    end_sample: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of one rank in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def __len__(self) -> int:
+        return len(range(self.start_sample, self.end_sample, self.global_batch_size)) * self.per_step
+
+    def __iter__(self) -> Iterator[Place]:
+        for consumed in range(self.start_sample, self.end_sample, self.global_batch_size):
+            first = consumed + self.rank * self.per_step * self.micro_batch_size
+            for number in range(self.per_step):
+                yield consumed, first + number * self.micro_batch_size, self.micro_batch_size
+
+
+def micro_batches(
+    samples: CurriculumSamples,
+    options: BatchOptions,
+    *,
+    start_sample: int = 0,
+    end_sample: int | None = None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches, one list a step.
+
+    Args:
+        start_sample: consumed samples of the run; any number.
+        end_sample: steps start before it; default: the end of the curriculum.
+        rank, world_size: in the data-parallel group.
+        num_workers: processes that build batches; 0 builds them in this process when asked for.
+        prefetch_factor: micro-batches that each worker builds ahead.
+
+    Raises:
+        ConfigError: at once, when the global batch does not split evenly into ranks and micro-batches.
+        DataError: while iterating, when a corpus turns out damaged.
+    """
+    unit = micro_batch_size * world_size
+    if global_batch_size % unit:
+        raise ConfigError(
+            f"trainer.global_batch_size={global_batch_size} is not a multiple of trainer.micro_batch_size="
+            f"{micro_batch_size} times the data-parallel size {world_size}; use {-(-global_batch_size // unit) * unit}"
+        )
+    end = samples.curriculum.total_samples if end_sample is None else end_sample
+    places = Places(start_sample, end, global_batch_size, micro_batch_size, rank, world_size)
+    loader = DataLoader(
+        MicroBatches(samples, options),
+        batch_size=None,
+        sampler=places,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        generator=torch.Generator(),  # the loader draws a seed: not from the run's global generator
+    )
+    return _steps(loader, places.per_step)
+
+
+def _steps(loader: DataLoader[Batch | LladaMegaError], per_step: int) -> Iterator[list[Batch]]:
+    step: list[Batch] = []
+    for item in loader:
+        if isinstance(item, LladaMegaError):
+            raise item
+        step.append(item)
+        if len(step) == per_step:
+            yield step
+            step = []
