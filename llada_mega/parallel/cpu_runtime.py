@@ -24,8 +24,10 @@ import torch
 
 _PACKAGE = "megatron.core"
 _CPU = torch.device("cpu")
-_FACTORIES = frozenset(
-    ["zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "linspace", "rand", "randn", "randint", "eye", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "empty_strided"]
+_FACTORIES = (
+    *("zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "empty_strided"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
 )
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -42,7 +44,7 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     sys.meta_path.insert(0, _PatchOnImport())
     for name, module in list(sys.modules.items()):
         if name.startswith(_PACKAGE) and module is not None:

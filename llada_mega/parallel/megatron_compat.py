@@ -30,7 +30,9 @@ SPECS_ARE_CALLABLES = hasattr(MLP, "as_mlp_submodule")
 def transformer_config(**fields: Any) -> TransformerConfig:
     """A ``TransformerConfig`` from the fields that this version knows."""
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
+    with warnings.catch_warnings():  # its own defaults ("full scope is deprecated") warn
+        warnings.simplefilter("ignore")
+        return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
 
 
 def _linears() -> MLPSubmodules:
