@@ -103,8 +103,13 @@ def _steps(number: int) -> str:
 
 
 def curriculum_line(stages: list[StageSpan]) -> str:
-    """Block sizes in order, '1 → 4 → 8'."""
-    return " → ".join(str(stage.block_size) for stage in stages)
+    """Block sizes in order, '1 → 4 → 8'; of a long curriculum the first, the largest between and the last."""
+    sizes = [stage.block_size for stage in stages]
+    if len(sizes) > 5:
+        top = max(range(1, len(sizes) - 1), key=lambda index: sizes[index])
+        left, right = " … " if top > 1 else " → ", " … " if top < len(sizes) - 2 else " → "
+        return f"{sizes[0]}{left}{sizes[top]}{right}{sizes[-1]}"
+    return " → ".join(map(str, sizes))
 
 
 def header_facts(record: RunRecord) -> list[Fact]:
@@ -152,6 +157,9 @@ def findings(record: RunRecord) -> list[str]:
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             found.append(f"The {what} was not finite at step {bad[0]}{more}.")
+    skipped = [row["step"] for row in record.training if row.get("applied") is False]
+    if skipped:
+        found.append(f"{len(skipped)} of the logged steps were skipped, the first at step {skipped[0]}.")
     dead = [row for row in record.training if (finite(row.get("dead_experts")) or 0) > 0]
     if dead and record.training[-1] is dead[-1]:
         found.append(f"{significant(finite(dead[-1]['dead_experts']), 3)} experts received no token in the last logged step.")
