@@ -16,7 +16,9 @@ from typing import Any
 
 from llada_mega.commands import COMMANDS
 from llada_mega.commands.base import Command
+from llada_mega.commands.processes import start_processes
 from llada_mega.config.compose import compose, compose_yaml, expand_sweep, is_swept
+from llada_mega.config.schema import Config
 from llada_mega.errors import ConfigError, LladaMegaError
 
 FLAGS = "--help, --cfg job and --multirun"
@@ -67,6 +69,8 @@ def _main(arguments: list[str]) -> int:
         return 0
     options: Any = compose(command.options, invocation.overrides)
     command.check(options)
+    if command.distributed and options.launch.nproc > 1 and "RANK" not in os.environ:
+        return start_processes(options.launch.nproc, [*command.name.split(), *invocation.overrides])
     return command.run(options)
 
 
@@ -142,7 +146,7 @@ def _run_jobs(invocation: Invocation) -> int:
     jobs = expand_sweep(command.options, invocation.overrides)
     if any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
         raise ConfigError("--multirun starts its own processes and cannot run under torchrun; use launch.nproc")
-    numbered = hasattr(command.options, "run") and not is_swept(jobs, "run.name") and not is_swept(jobs, "run.dir")
+    numbered = command.options is Config and not is_swept(jobs, "run.name") and not is_swept(jobs, "run.dir")
     for index, job in enumerate(jobs):
         try:
             options: Any = compose(command.options, job)
@@ -152,7 +156,8 @@ def _run_jobs(invocation: Invocation) -> int:
                     f"run.dir={directory}"
                 ]
                 options = compose(command.options, job)
-            command.check(options)
+            if not invocation.print_config:
+                command.check(options)
         except LladaMegaError as error:
             raise type(error)(f"job {index} ({' '.join(job)}): {error}") from error
     failed = []

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
-from llada_mega.commands import train
+from llada_mega.commands import (
+    checkpoint_inspect,
+    checkpoint_verify,
+    convert_export,
+    convert_import,
+    data_build,
+    eval,
+    generate,
+    mask,
+    quickstart,
+    report,
+    train,
+)
 from llada_mega.commands.base import Command
 
-COMMANDS: tuple[Command, ...] = (train.COMMAND,)
+COMMANDS: tuple[Command, ...] = tuple(
+    module.COMMAND
+    for module in (
+        quickstart,
+        data_build,
+        convert_import,
+        convert_export,
+        train,
+        eval,
+        generate,
+        report,
+        mask,
+        checkpoint_verify,
+        checkpoint_inspect,
+    )
+)

@@ -5,11 +5,25 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from omegaconf import MISSING
 
 from llada_mega.config.compose import config_groups
 from llada_mega.config.reference import Key, type_name, walk
 from llada_mega.config.schema import Config
+from llada_mega.errors import CheckpointError, ConfigError
+
+
+def model_path(checkpoint: str | None, hf: str | None) -> Path:
+    """The one model that ``checkpoint=`` or ``hf=`` names. Raises ConfigError when it is none, both or not there."""
+    if (checkpoint is None) == (hf is None):
+        raise ConfigError("give either checkpoint=PATH (a checkpoint or a run) or hf=DIR (a Hugging Face directory)")
+    key, path = ("checkpoint", checkpoint) if checkpoint is not None else ("hf", str(hf))
+    if not Path(path).exists():
+        raise CheckpointError(f"{key}={path} does not exist; check the path")
+    return Path(path)
 
 
 def nothing_to_check(options: Any) -> None:
@@ -21,7 +35,8 @@ class Command:
     """One command of the command line.
 
     ``options`` is the dataclass its keys come from; ``positional`` the key that one bare argument stands for;
-    ``presets`` overrides that hold unless the user gives the same key. ``check`` raises a LladaMegaError before
+    ``presets`` overrides that hold unless the user gives the same key; ``distributed`` says that it runs as
+    ``launch.nproc`` processes. ``check`` raises a LladaMegaError before
     anything slow is imported; ``run`` returns the exit status.
     """
 
@@ -33,6 +48,7 @@ class Command:
     check: Callable[[Any], None] = nothing_to_check
     positional: str | None = None
     presets: tuple[str, ...] = ()
+    distributed: bool = False
 
     def help(self) -> str:
         """The text of ``--help``: usage, an example, config groups, and every key with type, default and meaning."""
@@ -57,7 +73,9 @@ class Command:
 
 
 def default_text(key: Key) -> str:
-    """A key's default as one would type it."""
+    """A key's default as one would type it; an ellipsis where there is none."""
+    if key.default == MISSING:
+        return "..."
     if isinstance(key.default, bool) or key.default is None:
         return {None: "null", True: "true", False: "false"}[key.default]
     return str(key.default) if key.default != "" else "''"

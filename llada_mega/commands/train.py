@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
 
 from llada_mega.commands.base import Command
+from llada_mega.config.model import ModelConfig
 from llada_mega.config.preflight import check_paths, check_supported
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
+from llada_mega.errors import ConfigError
 
 
 def world_size(config: Config) -> int:
@@ -15,8 +19,21 @@ def world_size(config: Config) -> int:
     return int(os.environ.get("WORLD_SIZE", config.launch.nproc))
 
 
+def model_from_init(config: Config) -> ModelConfig:
+    """The model of ``trainer.init``, with this run's choice of attention backend and implementation."""
+    from llada_mega.checkpoint.checkpoint import read_model_config, resolve_checkpoint
+
+    if config.trainer.init is None:
+        raise ConfigError("model=from_init takes the model from trainer.init, which is null; name a checkpoint")
+    model = read_model_config(resolve_checkpoint(Path(config.trainer.init)))
+    choices = {name: getattr(config.model, name) for name in ("attention_backend", "implementation")}
+    return dataclasses.replace(model, **choices)
+
+
 def check(config: Config) -> None:
     """Refuses a configuration that cannot run, before torch is imported."""
+    if config.model.architecture == "from_init":
+        config.model = model_from_init(config)
     validate(config)
     check_supported(config)
     validate(config, world_size=world_size(config))
@@ -24,18 +41,20 @@ def check(config: Config) -> None:
 
 
 def run(config: Config) -> int:
-    """Trains; the exit status is that of the run."""
+    """Trains, or raises what stopped the run."""
     from llada_mega.training.run import run_training
 
-    return run_training(config)
+    run_training(config)
+    return 0
 
 
 COMMAND = Command(
     name="train",
     summary="run or resume a training job",
-    example="llada-mega train experiment=cpt_16b run.name=first data.train=data/corpus optimizer.lr=5e-5\n"
-    "torchrun --nproc-per-node=2 -m llada_mega train experiment=quickstart run.name=two_ranks",
+    example="llada-mega train model=from_init trainer.init=checkpoints/smollm2 data.train=data/corpus run.name=first\n"
+    "torchrun --nproc-per-node=2 -m llada_mega train experiment=cpt_16b data.train=data/corpus",
     options=Config,
     run=run,
+    distributed=True,
     check=check,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -115,7 +115,9 @@ def _hydra(schema: type) -> Iterator[None]:
     store = ConfigStore.instance()
     store.store(name="train_schema" if schema is Config else _config_name(schema), node=schema, provider="llada_mega")
     Plugins.instance()
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+    # The options of the other commands see no config groups: `eval checkpoint=...` names a path, not a group's choice.
+    directory = str(config_directory()) if schema is Config else None
+    with initialize_config_dir(directory, version_base="1.3") if directory else initialize(None, version_base="1.3"):
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -20,10 +19,11 @@ def check_supported(config: Config) -> None:
                 f"parallel.{name}={size} cannot train yet: this version splits a run by data parallelism only; "
                 f"set parallel.{name}=1"
             )
-    if config.model.implementation == "te" and importlib.util.find_spec("transformer_engine") is None:
+    if config.model.implementation == "te":
+        raise ConfigError("model.implementation=te is not built yet; use model.implementation=local or auto")
+    if config.parallel.distributed_optimizer:
         raise ConfigError(
-            "model.implementation=te needs TransformerEngine, which is not installed; "
-            "install llada-mega[gpu] or use model.implementation=local"
+            "parallel.distributed_optimizer=true cannot be resumed exactly yet; use parallel.distributed_optimizer=false"
         )
 
 
