@@ -1,0 +1,1 @@
+"""Checkpoints, and conversion from and to Hugging Face and GGUF models."""
