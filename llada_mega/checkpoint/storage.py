@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
@@ -210,6 +211,8 @@ def load(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     def fill(value: Any) -> Any:
         if isinstance(value, ShardedObject):
             return value.data
+        if isinstance(value, LocalNonpersistentObject):
+            return value.unwrap()
         if not isinstance(value, ShardedTensor):
             return value
         stored = reader.index.get(value.key)

@@ -23,7 +23,8 @@ def check_supported(config: Config) -> None:
         raise ConfigError("model.implementation=te is not built yet; use model.implementation=local or auto")
     if config.parallel.distributed_optimizer:
         raise ConfigError(
-            "parallel.distributed_optimizer=true cannot be resumed exactly yet; use parallel.distributed_optimizer=false"
+            "parallel.distributed_optimizer=true cannot be resumed exactly yet; "
+            "set parallel.distributed_optimizer=false"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import llada_mega
+from llada_mega import __version__
 from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.checkpoint import is_complete, list_checkpoints, read_state, resolve_checkpoint
 from llada_mega.config.schema import Config
@@ -34,7 +34,7 @@ def sharded_training_state(step: TrainStep, *, is_loading: bool = False) -> dict
 def collect_state(trainer: Trainer) -> dict[str, Any]:
     """Everything of a run that is no tensor, for ``state.json``."""
     return {
-        "llada_mega": llada_mega.__version__,
+        "llada_mega": __version__,
         "train": trainer.state.to_json(),
         "contract": run_contract(trainer.config),
         "curriculum": trainer.curriculum.to_json(),
@@ -60,6 +60,8 @@ def run_contract(config: Config) -> dict[str, Any]:
     data = dataclasses.asdict(config.data)
     for key in ("num_workers", "clean_tokens", "tokenizer", "valid"):
         data.pop(key)
+    for corpus in data["train"]:
+        corpus["path"] = Path(corpus["path"]).name  # a directory may have moved
     return {
         "seed": config.seed,
         "model": model,

@@ -18,9 +18,10 @@ from llada_mega.checkpoint.checkpoint import (
     resolve_checkpoint,
     tokenizer_directory,
 )
+from llada_mega.config.preflight import check_paths, check_supported
 from llada_mega.config.schema import Config
 from llada_mega.diffusion.curriculum import Curriculum, build_curriculum
-from llada_mega.errors import CheckpointError, ConfigError
+from llada_mega.errors import CheckpointError
 from llada_mega.models import build_model
 from llada_mega.parallel import ParallelGroups, destroy, initialize
 from llada_mega.training.callback import Callback
@@ -55,9 +56,10 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
         TrainingError: the run could not go on; its last checkpoint is intact.
     """
     console = console or Console()
+    # All that can be refused is checked before processes and weights cost time.
     check_supported(config)
-    # All that can be refused is checked before processes, data and weights cost time.
-    run_dir = prepare_run_directory(config)
+    check_paths(config)
+    run_dir = Path(config.run.dir)
     curriculum = curriculum_of(config)
     resume_from = find_resume_point(config, run_dir)
     saved = check_contract(config, curriculum, resume_from) if resume_from else None
@@ -90,39 +92,6 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
         return trainer.state
     finally:
         destroy()
-
-
-def check_supported(config: Config) -> None:
-    """Refuse what composes and can be planned but does not train yet.
-
-    Raises:
-        ConfigError: naming the key, the value and what to use instead.
-    """
-    for name in ("tp", "pp", "cp", "ep", "etp"):
-        value = getattr(config.parallel, name)
-        if value > 1:
-            raise ConfigError(
-                f"parallel.{name}={value}: this version trains with data parallelism only; use parallel.{name}=1"
-            )
-    if config.parallel.distributed_optimizer:
-        raise ConfigError(
-            "parallel.distributed_optimizer=true cannot be resumed exactly yet; use parallel.distributed_optimizer=false"
-        )
-    if config.model.implementation == "te":
-        raise ConfigError("model.implementation=te is not built yet; use model.implementation=local or auto")
-
-
-def prepare_run_directory(config: Config) -> Path:
-    """Create ``run.dir``; fail early when it cannot be written."""
-    run_dir = Path(config.run.dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another run.dir") from error
-    return run_dir
 
 
 def curriculum_of(config: Config) -> Curriculum:
@@ -185,7 +154,7 @@ def build_callbacks(
     """Features in the order of their hooks: rows before sinks' state, validation before the checkpoint that keeps it."""
     callbacks: list[Callback] = [MetricsCallback(), StabilityCallback(config.trainer.stability)]
     if config.trainer.validation.every:
-        callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples(), config.seed))
+        callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples, config.seed))
     callbacks.append(CheckpointCallback(run_dir, config.checkpoint, tokenizer_source(config)))
     callbacks.append(JsonlSink(run_dir))
     if writes_files and config.logging.progress:

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -141,7 +140,7 @@ class TrainStep:
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             parameters = optimizer.get_parameters()
             if parameters and optimizer.config.clip_grad > 0.0:
-                clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
+                clip_grads.clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
 
 
