@@ -15,7 +15,7 @@ class DataBuildOptions:
 
     input: list[str] = field(
         default_factory=lambda: MISSING
-    )  # files, directories or globs: jsonl (.gz .zst), parquet, txt
+    )  # files, directories, globs: jsonl(.gz .zst), parquet, txt
     tokenizer: str = MISSING  # Hugging Face directory with tokenizer.json
     output: str = MISSING  # prefix; PREFIX.bin and PREFIX.idx are written
     text_key: str = "text"  # JSON key or parquet column that holds the text
@@ -55,7 +55,7 @@ def run(options: DataBuildOptions) -> int:
 COMMAND = Command(
     name="data build",
     summary="tokenize text into an indexed corpus, keeping document boundaries",
-    example="llada-mega data build input=[web.jsonl.zst,'books/*.parquet'] tokenizer=SmolLM2 output=data/corpus workers=2",
+    example="llada-mega data build input=[web.jsonl.zst,books] tokenizer=SmolLM2 output=data/corpus workers=2",
     options=DataBuildOptions,
     run=run,
 )

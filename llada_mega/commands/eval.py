@@ -73,7 +73,7 @@ def run(options: EvalOptions) -> int:
 COMMAND = Command(
     name="eval",
     summary="measure AR loss, masked cross entropy, NLL bound and accuracy on held-out text",
-    example="llada-mega eval checkpoint=runs/quickstart data=runs/quickstart/data/valid block_sizes=[1,8] output=eval.json",
+    example="llada-mega eval checkpoint=runs/first data=data/heldout block_sizes=[1,8,32] output=eval.json",
     options=EvalOptions,
     run=run,
     check=check,

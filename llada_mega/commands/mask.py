@@ -17,7 +17,8 @@ def run(options: MaskOptions) -> int:
 COMMAND = Command(
     name="mask",
     summary="draw who sees whom: the mask, its intervals and its live area, as text and as a picture",
-    example="llada-mega mask documents=[10,6] block_size=4\nllada-mega mask documents=[4096] block_size=32 output=mask.png",
+    example="llada-mega mask documents=[10,6] block_size=4\n"
+    "llada-mega mask documents=[400,112] block_size=32 output=mask.png",
     options=MaskOptions,
     run=run,
     check=check_mask_options,

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import IO
+from contextlib import ExitStack
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
@@ -25,33 +25,34 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     processes: list[subprocess.Popen[bytes]] = []
-    errors: list[IO[bytes] | None] = []
-    try:
-        for rank in range(count):
-            variables = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "LOCAL_WORLD_SIZE": count,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            environment = os.environ | {name: str(value) for name, value in variables.items()}
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-            errors.append(tempfile.TemporaryFile() if rank else None)
+    with ExitStack() as stack:
+        stack.callback(_stop, processes)
+        errors = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count))]
+        for rank, stream in enumerate(errors):
             command = [sys.executable, "-m", "llada_mega", *arguments]
-            processes.append(subprocess.Popen(command, env=environment, stderr=errors[-1]))
+            processes.append(subprocess.Popen(command, env=_environment(rank, count, port), stderr=stream))
         failed = _wait(processes)
-        stream = errors[failed] if failed is not None else None
+        if failed is None:
+            return 0
+        stream = errors[failed]
         if stream is not None:
             stream.seek(0)
             sys.stderr.write(stream.read().decode(errors="replace"))
-        return 0 if failed is None else abs(processes[failed].returncode)
-    finally:
-        _stop(processes)
-        for stream in errors:
-            if stream is not None:
-                stream.close()
+        return abs(processes[failed].returncode)
+
+
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    return environment
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
