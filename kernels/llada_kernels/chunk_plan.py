@@ -20,9 +20,9 @@ Interval = tuple[int, int]
 
 # What a chunk costs beyond its pairs, forward and backward together, in pairs of one row and one key. Measured on one
 # core (AVX-512, torch 2.13): about 65 us a chunk, against 14 FLOPs x heads x head dim a pair at 90 GFLOP/s.
-CHUNK_COST_FLOPS = 420_000
+CHUNK_COST_FLOPS = 280_000
 # Accumulating the gradient of one key and value, in pairs, when each query head has its own key head.
-KEY_COST_ROWS = 12
+KEY_COST_ROWS = 6
 # Additive masks are kept with the plan up to this many elements (16 MiB in float32), and rebuilt each time beyond it.
 CACHED_BIAS_ELEMENTS = 1 << 22
 

@@ -6,12 +6,12 @@ Legend: B batch, S rows, K keys, H heads, D head dim; kernels see ``[B, H, S, D]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from llada_kernels.chunk_plan import Chunk, ChunkPlan
@@ -19,6 +19,9 @@ from llada_kernels.interval_mask import IntervalMask
 from llada_kernels.reference import reference_attention
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# aten's kernel groups query heads by key head since PyTorch 2.9 (pull request 157893); before, key heads are repeated.
+GROUPED_HEADS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -34,6 +37,9 @@ def cpu_attention(
     if query_BSHD.dtype not in FUSED_DTYPES:
         return reference_attention(query_BSHD, key_BKHD, value_BKHD, mask, scale)
     batch, _, heads, head_dim = query_BSHD.shape
+    if not GROUPED_HEADS:
+        repeats = heads // key_BKHD.shape[2]
+        key_BKHD, value_BKHD = (x.repeat_interleave(repeats, 2) for x in (key_BKHD, value_BKHD))
     plan = ChunkPlan.of(mask, batch, heads, key_BKHD.shape[2], head_dim)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     return _ChunkedAttention.apply(query_BSHD, key_BKHD, value_BKHD, plan, scale)
@@ -44,7 +50,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: ChunkPlan, scale: float) -> Any:
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.scale, ctx.rows = plan, scale, query.shape[1]
-        query, key, value = (_gather(query, plan), *map(_unit_stride, (key, value)))
+        query, key, value = _gather(query, plan), _unit_stride(key), _unit_stride(value)
         outputs, lses = [], []
         for chunk, q, k, v in _walk(plan, query, key, value):
             output, lse = _forward(q, k, v, 0.0, False, attn_mask=plan.bias(chunk, q.dtype), scale=scale)
@@ -61,30 +67,28 @@ class _ChunkedAttention(torch.autograd.Function):
         plan: ChunkPlan = ctx.plan
         query, key, value, output, lse = ctx.saved_tensors
         head_dim = query.shape[-1]
-        grad = torch.zeros_like(output) if grad_output is None else _gather(grad_output, plan)
+        grad_output = torch.zeros_like(output) if grad_output is None else _gather(grad_output, plan)
         if grad_lse is not None:
             # The kernel takes no gradient of the lse. Its softmax gradient is P * (dO . V - dO . O); with one more
             # feature, V = 0, O = 1 and dO = -dlse there, the last term becomes dO . O - dlse, which is what is wanted.
-            grad = torch.cat((grad, -_gather(grad_lse, plan)[..., None].to(grad.dtype)), -1)
-            output = pad(output, (0, 1), value=1.0)
-            query, key, value = (pad(x, (0, 1)) for x in (query, key, value))
-        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+            extra = -_gather(grad_lse, plan)[..., None].to(grad_output.dtype)
+            grad_output, output = torch.cat((grad_output, extra), -1), pad(output, (0, 1), value=1.0)
+            query, key, value = pad(query, (0, 1)), pad(key, (0, 1)), pad(value, (0, 1))
+        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32).transpose(1, 2) for x in (key, value))
         grad_queries = []
-        row_counts = [chunk.num_rows for chunk in plan.chunks]
-        per_row = zip(*(x.transpose(1, 2).split(row_counts, 2) for x in (grad, output)), lse.split(row_counts, 1))
-        for (chunk, q, k, v), (g, o, l) in zip(_walk(plan, query, key, value), per_row, strict=True):
-            grad_q, grad_k, grad_v = _backward(
-                g, q, k, v, o, l.transpose(1, 2), 0.0, False, attn_mask=plan.bias(chunk, q.dtype), scale=ctx.scale
-            )
+        rows = zip(_chunk_rows(plan, grad_output), _chunk_rows(plan, output), _chunk_rows(plan, lse), strict=True)
+        for (chunk, q, k, v), (grad, out, lse_) in zip(_walk(plan, query, key, value), rows, strict=True):
+            bias = plan.bias(chunk, q.dtype)
+            grad_q, *grad_kv = _backward(grad, q, k, v, out, lse_, 0.0, False, attn_mask=bias, scale=ctx.scale)
             grad_queries.append(grad_q.transpose(1, 2))
             position = 0
             for low, high in chunk.keys:
-                grad_key[:, low:high] += grad_k[:, :, position : position + high - low].transpose(1, 2)
-                grad_value[:, low:high] += grad_v[:, :, position : position + high - low].transpose(1, 2)
+                for total, part in zip((grad_key, grad_value), grad_kv, strict=True):
+                    total.narrow(2, low, high - low).add_(part.narrow(2, position, high - low))
                 position += high - low
-        grad_query = torch.cat(grad_queries, 1) if grad_queries else query
-        grads = (_scatter(grad_query, plan, ctx.rows, 0.0), grad_key.to(key.dtype), grad_value.to(key.dtype))
-        return *(x[..., :head_dim] for x in grads), None, None
+        grad_query = _scatter(torch.cat(grad_queries, 1) if grad_queries else query, plan, ctx.rows, 0.0)
+        grad_key, grad_value = (x.transpose(1, 2).to(key.dtype) for x in (grad_key, grad_value))
+        return *(x[..., :head_dim] for x in (grad_query, grad_key, grad_value)), None, None
 
 
 def _walk(plan: ChunkPlan, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor, Tensor]]:
@@ -93,18 +97,25 @@ def _walk(plan: ChunkPlan, query: Tensor, key: Tensor, value: Tensor) -> Iterato
     A chunk that reads one interval of keys gets a view. One that reads several gets them side by side in a buffer that
     is refilled only where it differs from what the chunk before left there, so copying costs O(K) in all.
     """
-    buffers = [x.new_empty(x.shape[0], plan.buffer_keys, *x.shape[2:]) for x in (key, value)]
-    queries = query.transpose(1, 2).split([chunk.num_rows for chunk in plan.chunks], 2) if plan.chunks else ()
-    for chunk, q in zip(plan.chunks, queries, strict=True):
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    batch, heads, _, head_dim = key.shape
+    key_buffer, value_buffer = (
+        x.new_empty(batch, plan.buffer_keys, heads, head_dim).transpose(1, 2) for x in (key, value)
+    )
+    for chunk, q in zip(plan.chunks, _chunk_rows(plan, query), strict=True):
         if len(chunk.keys) == 1:
             low, high = chunk.keys[0]
-            yield chunk, q, key[:, low:high].transpose(1, 2), value[:, low:high].transpose(1, 2)
+            yield chunk, q, key.narrow(2, low, high - low), value.narrow(2, low, high - low)
             continue
         for position, start, count in chunk.refills:
-            for buffer, x in zip(buffers, (key, value), strict=True):
-                buffer[:, position : position + count] = x[:, start : start + count]
-        k, v = (buffer[:, : chunk.num_keys].transpose(1, 2) for buffer in buffers)
-        yield chunk, q, k, v
+            key_buffer.narrow(2, position, count).copy_(key.narrow(2, start, count))
+            value_buffer.narrow(2, position, count).copy_(value.narrow(2, start, count))
+        yield chunk, q, key_buffer.narrow(2, 0, chunk.num_keys), value_buffer.narrow(2, 0, chunk.num_keys)
+
+
+def _chunk_rows(plan: ChunkPlan, x: Tensor) -> Sequence[Tensor]:
+    """Views of each chunk's rows of ``[B, rows, H, ...]`` in plan order, as ``[B, H, rows, ...]``."""
+    return x.transpose(1, 2).split([chunk.num_rows for chunk in plan.chunks], 2) if plan.chunks else ()
 
 
 def _gather(x: Tensor, plan: ChunkPlan) -> Tensor:

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-
-BlockOrigin = Literal["document", "sequence"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +55,7 @@ class IntervalMask:
         block_size: int,
         *,
         padding: Sequence[bool] | None = None,
-        block_origin: BlockOrigin = "document",
+        block_origin: str = "document",
         sequence_lengths: Sequence[int] | None = None,
     ) -> IntervalMask:
         """The training mask over ``[noisy L ; clean L]`` (arXiv 2512.15745, eq. (3)); ``total_q = total_k = 2L``.
@@ -69,7 +67,7 @@ class IntervalMask:
             document_lengths: lengths of the documents, in tokens; they tile the L tokens.
             block_size: tokens in a block; a document's last block may be short.
             padding: which documents are padding.
-            block_origin: count blocks from the start of the document, or of the sample ("sequence").
+            block_origin: count blocks from the start of the "document" or of the sample ("sequence").
             sequence_lengths: lengths of the samples, each a group of whole documents; default one sample.
 
         Raises:
@@ -110,7 +108,7 @@ class IntervalMask:
         block_size: int,
         *,
         padding: Sequence[bool] | None = None,
-        block_origin: BlockOrigin = "document",
+        block_origin: str = "document",
         sequence_lengths: Sequence[int] | None = None,
     ) -> IntervalMask:
         """Each row sees its document up to the end of its own block: the clean half alone, as in decoding; size L.

@@ -27,7 +27,7 @@ def reference_attention(
     compute = torch.float64 if query_BSHD.dtype == torch.float64 else torch.float32
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
 
-    query_BSGHD = query_BSHD.to(compute).view(batch, rows, groups, heads // groups, head_dim)
+    query_BSGHD = query_BSHD.to(compute).reshape(batch, rows, groups, heads // groups, head_dim)
     score_BGHSK = torch.einsum("bsghd,bkgd->bghsk", query_BSGHD, key_BKHD.to(compute)) * scale
     visible_SK = mask.dense()
     blind_S1 = ~visible_SK.any(1, keepdim=True)

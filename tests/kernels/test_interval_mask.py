@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from llada_kernels import IntervalMask
+from torch import Tensor
 
 
 @dataclass
@@ -24,14 +26,16 @@ class Layout:
     origin: str
 
     @property
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         return {"padding": self.padding, "block_origin": self.origin, "sequence_lengths": self.samples}
 
 
 @st.composite
-def layouts(draw) -> Layout:
+def layouts(draw: st.DrawFn) -> Layout:
     alignment = draw(st.sampled_from([1, 1, 4, 8]))
-    documents, padding, samples = [], [], []
+    documents: list[int] = []
+    padding: list[bool] = []
+    samples: list[int] = []
     for _ in range(draw(st.integers(1, 3))):
         before = sum(documents)
         for length in draw(st.lists(st.one_of(st.just(1), st.integers(1, 17)), min_size=1, max_size=5)):
@@ -47,23 +51,17 @@ def layouts(draw) -> Layout:
 
 def equation_3(layout: Layout) -> dict[str, Tensor]:
     """Every layout as booleans over pairs of tokens: document, block index, half. Loops on purpose: no intervals."""
-    document, block, position, real = [], [], [], []
+    tokens = []  # document, block, position, real of each token
     bounds = [sum(layout.samples[:i]) for i in range(len(layout.samples))]
     for index, length in enumerate(layout.documents):
         start = sum(layout.documents[:index])
         sample_start = max(bound for bound in bounds if bound <= start)
         for offset in range(length):
             origin = start if layout.origin == "document" else sample_start
-            document.append(index)
-            block.append((start + offset - origin) // layout.block_size)
-            position.append(start + offset)
-            real.append(not layout.padding[index])
-    document, block, position, real = (torch.tensor(x) for x in (document, block, position, real))
-
-    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, None], x[None, :]
-
-    (dq, dk), (bq, bk), (pq, pk), (rq, rk) = pairs(document), pairs(block), pairs(position), pairs(real)
+            block = (start + offset - origin) // layout.block_size
+            tokens.append((index, block, start + offset, not layout.padding[index]))
+    dq, bq, pq, rq = (torch.tensor(column)[:, None] for column in zip(*tokens, strict=True))
+    dk, bk, pk, rk = dq.T, bq.T, pq.T, rq.T
     same = (dq == dk) & rq & rk
     never = torch.zeros_like(same)
     noisy_rows = torch.cat((same & (bq == bk), same & (bq > bk)), 1)
@@ -98,7 +96,7 @@ def test_every_layout_equals_equation_3(layout: Layout) -> None:
 
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(layouts(), st.randoms(use_true_random=False), st.integers(0, 9), st.integers(0, 9))
-def test_selection_and_padding_equal_dense_indexing(layout: Layout, random, more_q: int, more_k: int) -> None:
+def test_selection_and_padding_equal_dense_indexing(layout: Layout, random: Random, more_q: int, more_k: int) -> None:
     for name, dense in equation_3(layout).items():
         mask = build(name, layout)
         rows = random.choices(range(mask.total_q), k=random.randint(0, mask.total_q))
@@ -151,6 +149,6 @@ def test_large_masks_stay_small() -> None:
         (lambda: IntervalMask(torch.tensor([[2], [1], [3]], dtype=torch.int32), 4).validate(), "row 0 decrease"),
     ],
 )
-def test_impossible_masks_are_refused(make, message: str) -> None:
+def test_impossible_masks_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
