@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llada_mega.diffusion.random import Stream, normal, normal_channels, philox, random_words, uniform
+from llada_mega.diffusion.random import Stream, _box_muller, normal, normal_channels, philox, random_words, uniform
 from llada_mega.errors import ConfigError
 
 # Published known answers of philox4x32-10 (Random123, kat_vectors).
@@ -62,6 +62,12 @@ def test_normal_moments_and_tail() -> None:
     assert abs((draw**4).mean() - 3) < 5 * math.sqrt(96 / count)
     beyond_three = (draw.abs() > 3).double().mean()
     assert abs(beyond_three - 0.0026998) < 5 * math.sqrt(0.0027 / count)
+
+
+def test_normal_of_extreme_words_is_finite() -> None:
+    zero, most = torch.tensor(0), torch.tensor(2**32 - 1)
+    longest, *_, shortest = _box_muller((zero, zero, most, most))
+    assert longest.item() == pytest.approx(math.sqrt(64 * math.log(2))) and shortest.item() == 0
 
 
 @pytest.mark.parametrize(
