@@ -132,5 +132,6 @@ def _compare_summary(summary: Mapping[str, Any]) -> list[Comparison]:
     for size in sorted({int(match[1]) for match in matches if match}):
         before, after = (finite(summary.get(f"block{size}_ce_{when}")) for when in ("before", "after"))
         rows.append(Comparison("Masked CE", "loss", before, after, size))
-    rows.append(Comparison("AR loss", "kept", finite(summary.get("ar_nll_before")), finite(summary.get("ar_nll_after"))))
+    before, after = (finite(summary.get(f"ar_nll_{when}")) for when in ("before", "after"))
+    rows.append(Comparison("AR loss", "kept", before, after))
     return [row for row in rows if row.before is not None or row.after is not None]

@@ -117,7 +117,7 @@ def header_facts(record: RunRecord) -> list[Fact]:
     facts: list[Fact] = []
     model = record.section("model")
     if model.get("architecture"):
-        shape = f"{model.get('num_layers')} layers × {model.get('hidden_size')}"
+        shape = f"{model.get('num_layers')} layers \N{MULTIPLICATION SIGN} {model.get('hidden_size')}"
         facts.append(Fact("Model", str(model["architecture"]), shape))
     counts = parameter_counts(model)
     if counts:
@@ -145,7 +145,8 @@ def header_facts(record: RunRecord) -> list[Fact]:
         (value for row in record.training if (value := finite(row.get("memory_gib"))) is not None), default=None
     )
     if memory is not None:
-        facts.append(Fact("Peak memory", f"{significant(memory, 3)} GiB", str(record.section("trainer").get("dtype") or "")))
+        dtype = str(record.section("trainer").get("dtype") or "")
+        facts.append(Fact("Peak memory", f"{significant(memory, 3)} GiB", dtype))
     return facts
 
 
@@ -162,7 +163,8 @@ def findings(record: RunRecord) -> list[str]:
         found.append(f"{len(skipped)} of the logged steps were skipped, the first at step {skipped[0]}.")
     dead = [row for row in record.training if (finite(row.get("dead_experts")) or 0) > 0]
     if dead and record.training[-1] is dead[-1]:
-        found.append(f"{significant(finite(dead[-1]['dead_experts']), 3)} experts received no token in the last logged step.")
+        number = significant(finite(dead[-1]["dead_experts"]), 3)
+        found.append(f"Experts that received no token in the last logged step: {number}.")
     if record.validation:
         first, last = (finite(row.get("valid/ar_nll")) for row in (record.validation[0], record.validation[-1]))
         if first is not None and last is not None and last - first > 0.1:

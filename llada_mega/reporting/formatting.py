@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+MISSING = "\N{EN DASH}"  # in the place of a number that is not there
+MINUS = "\N{MINUS SIGN}"  # as wide as the plus sign, so that columns align
+
 
 def finite(value: Any) -> float | None:
     """``value`` as a float, or None when it is missing, not a number, NaN or infinite."""
@@ -30,7 +33,7 @@ def short_count(value: float) -> str:
 def significant(value: float | None, digits: int = 4) -> str:
     """A measured number with about ``digits`` significant digits; an en dash when there is none."""
     if value is None:
-        return "–"
+        return MISSING
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e6:
@@ -41,12 +44,12 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 def nats(value: float | None) -> str:
     """A loss in nats, three decimals."""
-    return "–" if value is None else f"{value:.3f}"
+    return MISSING if value is None else f"{value:.3f}"
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
     """A share in [0, 1] as a percentage."""
-    return "–" if value is None else f"{100 * value:.{decimals}f} %"
+    return MISSING if value is None else f"{100 * value:.{decimals}f} %"
 
 
 def duration(seconds: float) -> str:
@@ -65,5 +68,5 @@ def duration(seconds: float) -> str:
 
 
 def signed(value: float | None, decimals: int = 3) -> str:
-    """A difference with its sign; a true minus sign, so that columns align."""
-    return "–" if value is None else f"{value:+.{decimals}f}".replace("-", "−")
+    """A difference with its sign."""
+    return MISSING if value is None else f"{value:+.{decimals}f}".replace("-", MINUS)

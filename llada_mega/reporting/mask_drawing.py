@@ -155,8 +155,8 @@ def _rule(drawn: DrawnMask, cell: int, *, heavy: bool) -> Text:
     dash, parts = ("━" if heavy else "─"), []
     for number, keys in enumerate(drawn.segments):
         if number:
-            half_border = keys.half != drawn.segments[number - 1].half
-            parts.append({(True, True): "╋", (True, False): "┿", (False, True): "╂", (False, False): "┼"}[heavy, half_border])
+            heavy_column = keys.half != drawn.segments[number - 1].half
+            parts.append(("╋" if heavy_column else "┿") if heavy else ("╂" if heavy_column else "┼"))
         parts.append(dash * cell * (keys.stop - keys.start))
     return Text(" " * LABEL_WIDTH + "".join(parts), style="dim")
 
@@ -181,7 +181,8 @@ def _tiles(drawn: DrawnMask, room: int) -> list[Text]:
                 for share in shares[index][row]:
                     line.append(_shade(share), style=f"{style} not bold")
             lines.append(line)
-    lines.append(Text(f"\n{'':<{LABEL_WIDTH}}a character is {2 * tile} rows by {tile} keys; shade: share that is visible", "dim"))
+    scale = f"a character is {2 * tile} rows by {tile} keys; shade: share that is visible"
+    lines.append(Text("\n" + " " * LABEL_WIDTH + scale, style="dim"))
     return lines
 
 
@@ -211,7 +212,8 @@ def _shade(share: float) -> str:
 
 def interval_table(drawn: DrawnMask) -> Table:
     """Which rows see which tokens, equal rows together: the form in which the mask is stored."""
-    table = Table(title="intervals, in token positions", title_justify="left", title_style="dim", box=None, pad_edge=False)
+    title = "intervals, in token positions"
+    table = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
     for name in ("rows", "document", "block", "sees"):
         table.add_column(name, header_style="dim", no_wrap=name != "sees")
     groups = same_row_groups(drawn.mask)
@@ -220,9 +222,10 @@ def interval_table(drawn: DrawnMask) -> Table:
     for start, stop in groups[:MAX_GROUPS]:
         while start >= segment.stop:
             segment = next(segments)
-        sees = Text(" ∪ ").join(_interval(drawn, low, high) for low, high in row_intervals(drawn.mask, start))
+        sees = Text(" \N{UNION} ").join(_interval(drawn, low, high) for low, high in row_intervals(drawn.mask, start))
         block = "" if segment.half == "tokens" else str(drawn.block_S[start])
-        table.add_row(f"{segment.half} {_tokens(drawn, start, stop)}", str(segment.document), block, sees or Text("nothing"))
+        rows = f"{segment.half} {_tokens(drawn, start, stop)}"
+        table.add_row(rows, str(segment.document), block, sees or Text("nothing"))
     if len(groups) > MAX_GROUPS:
         table.add_row(f"… {len(groups) - MAX_GROUPS:,} more", "", "", "")
     return table

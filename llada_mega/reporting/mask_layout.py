@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class DrawnMask:
     """A mask to draw. Rows and keys are the same positions, named by ``segments`` in order.
 
     ``halves``: [(name, start, stop)]; ``block_edges``: positions in [0, S] where a block or document begins or ends;
-    ``token_S``: the token position in [0, L) of each row; ``block_S``: its block, counted within its document or sample.
+    ``token_S``: the token position in [0, L) of each row; ``block_S``: its block, counted from the block origin.
     """
 
     mask: IntervalMask
@@ -104,7 +105,7 @@ def _runs(keys: np.ndarray) -> list[tuple[int, int]]:
     """Maximal runs [start, stop) of equal columns of ``keys`` [n, S]."""
     changes = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(0)) + 1
     edges = [0, *changes.tolist(), keys.shape[1]]
-    return list(zip(edges, edges[1:], strict=False)) if keys.shape[1] else []
+    return list(pairwise(edges)) if keys.shape[1] else []
 
 
 def same_row_groups(mask: IntervalMask) -> list[tuple[int, int]]:

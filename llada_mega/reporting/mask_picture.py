@@ -102,10 +102,10 @@ def _fill(axis: Axes, drawn: DrawnMask, rows: tuple[int, int], keys: tuple[int, 
     image[..., :3] = to_rgb(tint)
     image[..., 3] = np.where(share > 0, 0.4 + 0.6 * np.minimum(share, 1.0), 0.0)  # thin bands stay visible
     right, bottom = keys[0] + share.shape[1] * tile, rows[0] + share.shape[0] * tile
-    shown = axis.imshow(image, extent=(keys[0], right, bottom, rows[0]), interpolation="nearest", zorder=2, aspect="auto")
-    shown.set_clip_path(
-        Rectangle((keys[0], rows[0]), keys[1] - keys[0], rows[1] - rows[0], transform=axis.transData)
-    )  # the last tiles reach over the edge
+    extent = (keys[0], right, bottom, rows[0])
+    shown = axis.imshow(image, extent=extent, interpolation="nearest", zorder=2, aspect="auto")
+    quarter = Rectangle((keys[0], rows[0]), keys[1] - keys[0], rows[1] - rows[0], transform=axis.transData)
+    shown.set_clip_path(quarter)  # the last tiles reach over the edge
     axis.set_aspect("equal")
 
 

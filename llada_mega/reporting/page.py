@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from llada_mega.reporting.axes import all_block_sizes
 from llada_mega.reporting.comparison import Comparison, ComparisonTable
-from llada_mega.reporting.formatting import count, finite, nats, percent, short_count, signed, significant
-from llada_mega.reporting.plots import stage_colours
+from llada_mega.reporting.formatting import MISSING, count, finite, nats, percent, short_count, signed, significant
+from llada_mega.reporting.palette import spread
 from llada_mega.reporting.record import Row, RunRecord
 from llada_mega.reporting.sample import GeneratedSample, TracedBlock
 
@@ -99,7 +100,7 @@ def _comparison_row(row: Comparison, scale: float) -> dict[str, Any]:
 
 def series_variables(record: RunRecord) -> dict[int, str]:
     """Block size -> CSS variable of its colour, the same as in the plots."""
-    return {size: f"--series-{int(tint[-2:], 16)}" for size, tint in stage_colours(record).items()}
+    return {size: f"--series-{index}" for size, index in spread(all_block_sizes(record)).items()}
 
 
 def stage_rows(record: RunRecord) -> list[dict[str, str]]:
@@ -111,15 +112,19 @@ def stage_rows(record: RunRecord) -> list[dict[str, str]]:
         tokens = finite(stage.rows[-1].get("consumed_tokens"))
         edge = max(len(stage.rows) // 10, 1)
         rates = [value for row in stage.rows if (value := finite(row.get("lr"))) is not None]
-        span = " – ".join(f"{value:.2g}" for value in dict.fromkeys((min(rates), max(rates)))) if rates else "–"
-        same = stage.first_step == stage.last_step
+        span = (
+            f" {MISSING} ".join(f"{value:.2g}" for value in dict.fromkeys((min(rates), max(rates))))
+            if rates
+            else MISSING
+        )
+        first, last = count(stage.first_step), count(stage.last_step)
         rows.append(
             {
                 "name": stage.name or f"stage {number}",
                 "block_size": str(stage.block_size),
-                "layout": stage.layout or "–",
-                "steps": count(stage.first_step) if same else f"{count(stage.first_step)} – {count(stage.last_step)}",
-                "tokens": "–" if tokens is None else short_count(tokens - consumed),
+                "layout": stage.layout or MISSING,
+                "steps": first if first == last else f"{first} {MISSING} {last}",
+                "tokens": MISSING if tokens is None else short_count(tokens - consumed),
                 "learning_rate": span,
                 "first": nats(mean_of(stage.rows[:edge], "ce_masked")),
                 "last": nats(mean_of(stage.rows[-edge:], "ce_masked")),

@@ -7,15 +7,25 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from llada_mega.reporting.axes import (
+    all_block_sizes,
+    draw_series,
+    end_labels,
+    mark_nonfinite,
+    recent_mean,
+    series,
+    stage_bands,
+    tick_formats,
+    validation_curves,
+)
 from llada_mega.reporting.comparison import by_noise, noise_bounds, validation_as_evaluation
-from llada_mega.reporting.formatting import finite, short_count, significant
-from llada_mega.reporting.record import Row, RunRecord, StageSpan
-from llada_mega.reporting.svg import Plot, colour, new_figure, plot_style, spread_colours, to_svg
+from llada_mega.reporting.formatting import finite
+from llada_mega.reporting.palette import spread
+from llada_mega.reporting.record import Row, RunRecord
+from llada_mega.reporting.svg import Plot, colour, new_figure, plot_style, series_colour, to_svg
 
 WIDE, HALF, THIRD = 998, 468, 292  # CSS pixels inside a card: the page's column, its half, its third
-MAX_POINTS = 1200  # a longer series is drawn as its mean and range in so many bins
 
 
 def all_plots(record: RunRecord) -> list[Plot]:
@@ -30,30 +40,28 @@ def all_plots(record: RunRecord) -> list[Plot]:
 
 def training_loss(record: RunRecord) -> Plot | None:
     """Weighted loss and cross entropy per masked token over the stages."""
-    present = [key for key in ("ce_masked", "loss") if _series(record.training, key)[0].size]
+    present = [key for key in ("ce_masked", "loss") if series(record.training, key)[0].size]
     if not present:
         return None
     labels = {"ce_masked": "CE per masked token, nats", "loss": "weighted loss"}
     figure, axes = new_figure(WIDE, 60 + 200 * len(present), rows=len(present), sharex=True)
     for axis, key in zip(axes, present, strict=True):
         for stage in record.stages:
-            _draw_series(axis, stage.rows, key, stage_colours(record)[stage.block_size])
-        _mark_nonfinite(axis, record.training, key)
+            draw_series(axis, stage.rows, key, stage_colours(record)[stage.block_size])
+        mark_nonfinite(axis, record.training, key, colour("warn"))
         _finish(axis, record, labels[key], label_stages=axis is axes[0])
     axes[-1].set_xlabel("step")
     caption = (
         "Faint: every logged step. Bold: running mean inside a stage. The weighted loss is what is optimised; "
         "the cross entropy per masked token compares across weightings."
     )
-    return Plot("Training loss by stage", caption, to_svg(figure, "loss", "Training losses by step and stage"), "losses", "wide")
+    svg = to_svg(figure, "loss", "Training losses by step and stage")
+    return Plot("Training loss by stage", caption, svg, "losses", "wide")
 
 
 def stage_colours(record: RunRecord) -> dict[int, str]:
     """One colour a block size, over training and validation alike."""
-    sizes = [stage.block_size for stage in record.stages]
-    for row in record.validation:
-        sizes += [int(size) for size in validation_as_evaluation(row)["block_sizes"]]
-    return spread_colours(sizes)
+    return {size: series_colour(index) for size, index in spread(all_block_sizes(record)).items()}
 
 
 def validation_loss(record: RunRecord) -> Plot | None:
@@ -73,23 +81,20 @@ def validation_accuracy(record: RunRecord) -> Plot | None:
 
 
 def _validation_curves(record: RunRecord, key: str, title: str, unit: str, name: str, caption: str) -> Plot | None:
-    evaluations = [(row["step"], validation_as_evaluation(row)["block_sizes"]) for row in record.validation]
     colours = stage_colours(record)
-    curves: list[tuple[int, list[float], list[float]]] = []
-    for size in sorted({int(size) for _, blocks in evaluations for size in blocks}):
-        points = [(step, finite(blocks.get(str(size), {}).get(key))) for step, blocks in evaluations]
-        scale = 100 if key == "accuracy" else 1
-        kept = [(float(step), scale * value) for step, value in points if value is not None]
-        if kept:
-            curves.append((size, [step for step, _ in kept], [value for _, value in kept]))
+    scale = 100 if key == "accuracy" else 1
+    curves = {
+        size: (steps, [scale * value for value in values])
+        for size, (steps, values) in validation_curves(record, key).items()
+    }
     if not curves:
         return None
     figure, (axis,) = new_figure(THIRD, 230)
-    for size, steps, values in curves:
+    for size, (steps, values) in curves.items():
         axis.plot(steps, values, color=colours[size], marker="o", markersize=4.5)
     _finish(axis, record, unit, label_stages=False)
     axis.set_xlabel("step")
-    _end_labels(axis, [(steps[-1], values[-1], f"block {size}", colours[size]) for size, steps, values in curves])
+    end_labels(axis, [(values[-1], f"block {size}", colours[size]) for size, (_, values) in curves.items()])
     return Plot(title, caption, to_svg(figure, name, f"{title} by step"), "losses", "third")
 
 
@@ -116,7 +121,8 @@ def loss_by_noise(record: RunRecord) -> Plot | None:
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
     figure, axes = new_figure(WIDE, 60 + 200 * rows, rows=rows, columns=columns, sharey=True, sharex=True)
-    colours = spread_colours([size for size, _, _ in panels] + list(stage_colours(record)))
+    sizes = spread([size for size, _, _ in panels] + all_block_sizes(record))
+    colours = {size: series_colour(index) for size, index in sizes.items()}
     for axis, (size, before, after) in zip(axes, panels, strict=False):
         middles = [sum(noise_bounds(level)) / 2 for level in after]
         started = [before.get(level) for level in after]
@@ -136,7 +142,8 @@ def loss_by_noise(record: RunRecord) -> Plot | None:
         "Cross entropy by the share t of masked tokens: first evaluation (dashed) and last (solid). "
         "At high t the model has little but the finished blocks to go by."
     )
-    return Plot("Loss by noise level", caption, to_svg(figure, "noise", "Held-out loss by noise level"), "losses", "wide")
+    svg = to_svg(figure, "noise", "Held-out loss by noise level")
+    return Plot("Loss by noise level", caption, svg, "losses", "wide")
 
 
 def _last_with_noise(record: RunRecord, index: int) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def mask_ratio(record: RunRecord) -> Plot | None:
 
 def throughput(record: RunRecord) -> Plot | None:
     """Data tokens and model positions a second."""
-    keys = [key for key in ("tokens_per_s", "positions_per_s") if _series(record.training, key)[0].size]
+    keys = [key for key in ("tokens_per_s", "positions_per_s") if series(record.training, key)[0].size]
     if not keys:
         return None
     names = {"tokens_per_s": "data tokens", "positions_per_s": "model positions"}
@@ -180,23 +187,23 @@ def throughput(record: RunRecord) -> Plot | None:
     figure, (axis,) = new_figure(HALF, 250)
     for key in keys:
         for stage in record.stages:
-            _draw_series(axis, stage.rows, key, tints[key])
+            draw_series(axis, stage.rows, key, tints[key])
     axis.set_ylim(bottom=0)
     _finish(axis, record, "per second", label_stages=False)
     axis.set_xlabel("step")
-    ends = [(*_last_point(record.training, key), names[key], tints[key]) for key in keys]
-    _end_labels(axis, ends)
+    ends = [(recent_mean(record.training, key), names[key], tints[key]) for key in keys]
+    end_labels(axis, ends)
     caption = "Data tokens a second, and the positions the model computes for them (noisy and clean)."
     return Plot("Throughput", caption, to_svg(figure, "throughput", "Throughput by step"), "machine")
 
 
 def utilisation(record: RunRecord) -> Plot | None:
     """Model FLOPs utilisation, or TFLOP/s where the peak is not known."""
-    if _series(record.training, "mfu")[0].size:
+    if series(record.training, "mfu")[0].size:
         return _simple(record, record.training, "mfu", "Model FLOPs utilisation", "share of peak", "mfu",
                        "Useful FLOPs over what the device could do at its peak.", zero=True)  # fmt: skip
     return _simple(record, record.training, "tflops_per_device", "TFLOP/s per device", "TFLOP/s", "tflops",
-                   "Useful floating point work a second; attention counts the visible area only.", zero=True)  # fmt: skip
+                   "Useful floating point work a second; of attention the visible area only.", zero=True)  # fmt: skip
 
 
 def memory(record: RunRecord) -> Plot | None:
@@ -243,7 +250,7 @@ def _simple(
     ``log``: a logarithmic axis where the values spread over more than a factor of 30. ``at_least``: the smallest range
     the axis shows, so that noise does not look like a trend.
     """
-    steps, values = _series(rows, key)
+    steps, values = series(rows, key)
     if not steps.size:
         return None
     figure, (axis,) = new_figure(*((THIRD, 230) if width == "third" else (HALF, 250)))
@@ -252,7 +259,7 @@ def _simple(
     else:
         parts = [stage.rows for stage in record.stages] if smooth else [rows]
         for part in parts:  # a running mean across a change of stage would blur what the change did
-            _draw_series(axis, part, key, colour("accent"), smooth=smooth)
+            draw_series(axis, part, key, colour("accent"), smooth=smooth)
     if reference is not None:
         axis.axhline(reference, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 4)), zorder=1)
     if log and values.min() > 0 and values.max() > 30 * values.min():
@@ -265,120 +272,15 @@ def _simple(
         axis.set_ylim(middle - at_least / 2, middle + at_least / 2)
     elif zero:
         axis.set_ylim(0, max(values.max() * 1.08, 1e-12))
-    _mark_nonfinite(axis, rows, key)
+    mark_nonfinite(axis, rows, key, colour("warn"))
     _finish(axis, record, unit, label_stages=False)
     axis.set_xlabel("step")
     return Plot(title, caption, to_svg(figure, name, f"{title} by step"), group, width)
 
 
-def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) float64 of the rows where ``key`` is a finite number."""
-    points = [(row["step"], value) for row in rows if (value := finite(row.get(key))) is not None]
-    array = np.asarray(points, dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def _last_point(rows: Sequence[Row], key: str) -> tuple[float, float]:
-    steps, values = _series(rows, key)
-    recent = values[-max(len(values) // 10, 1) :]
-    return float(steps[-1]), float(recent.mean())
-
-
-def _draw_series(axis: Axes, rows: Sequence[Row], key: str, tint: str, *, smooth: bool = True) -> None:
-    """A faint line of every step and a bold running mean; for a long series its range and mean by bins."""
-    steps, values = _series(rows, key)
-    if steps.size == 0:
-        return
-    if steps.size == 1:
-        axis.plot(steps, values, color=tint, marker="o", markersize=6)
-        return
-    if steps.size > MAX_POINTS:
-        bins = [part for part in np.array_split(np.arange(steps.size), MAX_POINTS // 3) if part.size]
-        centres = np.asarray([steps[part].mean() for part in bins])
-        low, high, mean = (np.asarray([f(values[part]) for part in bins]) for f in (np.min, np.max, np.mean))
-        axis.fill_between(centres, low, high, color=tint, alpha=0.16, linewidth=0)
-        axis.plot(centres, mean, color=tint)
-        return
-    if not smooth or steps.size < 8:
-        axis.plot(steps, values, color=tint, marker="o" if steps.size < 8 else "", markersize=4)
-        return
-    axis.plot(steps, values, color=tint, linewidth=1.2, alpha=0.35)
-    axis.plot(steps, running_mean(values, max(steps.size // 8, 5)), color=tint)
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over about ``window`` values, over fewer at the ends. [n] -> [n]"""
-    half = window // 2
-    total = np.concatenate(([0.0], np.cumsum(values)))
-    index = np.arange(values.size)
-    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, values.size)
-    return (total[last] - total[first]) / (last - first)
-
-
-def _mark_nonfinite(axis: Axes, rows: Sequence[Row], key: str) -> None:
-    steps = [row["step"] for row in rows if key in row and row[key] is not None and finite(row[key]) is None]
-    if steps:
-        frame = axis.get_xaxis_transform()
-        axis.plot(steps, [0.04] * len(steps), "x", color=colour("warn"), transform=frame, markersize=7, clip_on=False)
-
-
 def _finish(axis: Axes, record: RunRecord, unit: str, *, label_stages: bool) -> None:
     """Stage bands behind, limits to the run's steps, tick formats, and the unit on top of the axis."""
-    _stage_bands(axis, record, label=label_stages)
+    stage_bands(axis, record.stages, stage_colours(record), label=label_stages)
     if unit:
-        pad = 28 if label_stages else 8
-        axis.set_title(unit, loc="left", fontsize=11, color=colour("muted"), pad=pad)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-    if axis.get_yscale() == "linear":
-        axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        if max(abs(limit) for limit in axis.get_ylim()) >= 1e4:
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-        elif max(abs(limit) for limit in axis.get_ylim()) < 1e-2:
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0 else f"{value:.1e}"))
-
-
-def _stage_bands(axis: Axes, record: RunRecord, *, label: bool) -> None:
-    """Shade each stage in its block size's colour; name it above the band where there is room."""
-    if not record.stages:
-        axis.set_xmargin(0.05)
-        return
-    colours = stage_colours(record)
-    edges = stage_edges(record.stages)
-    total = max(edges[-1] - edges[0], 1e-9)
-    axis.set_xlim(min(edges[0], axis.dataLim.x0) - 0.004 * total, max(edges[-1], axis.dataLim.x1) + 0.004 * total)
-    for stage, left, right in zip(record.stages, edges, edges[1:], strict=False):
-        tint = colours[stage.block_size]
-        axis.axvspan(left, right, color=tint, alpha=0.06, linewidth=0, zorder=0)
-        if left > edges[0]:
-            axis.axvline(left, color=tint, linewidth=1, alpha=0.5, zorder=0.5)
-        if not label:
-            continue
-        share = (right - left) / total
-        text = f"block {stage.block_size} · {stage.layout}" if share > 0.16 else f"block {stage.block_size}"
-        if share < 0.075:
-            text = str(stage.block_size) if share > 0.03 else ""
-        axis.annotate(
-            text, ((left + right) / 2, 1.0), (0, 6), xycoords=("data", "axes fraction"), textcoords="offset points",
-            ha="center", va="bottom", fontsize=12, color=tint, fontweight="bold",
-        )  # fmt: skip
-
-
-def stage_edges(stages: Sequence[StageSpan]) -> list[float]:
-    """Band edges: half-way between the last step of a stage and the first of the next. len(stages) + 1 values."""
-    edges = [stages[0].first_step - 0.5]
-    edges += [(left.last_step + right.first_step) / 2 for left, right in zip(stages, stages[1:], strict=False)]
-    return [*edges, stages[-1].last_step + 0.5]
-
-
-def _end_labels(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Name each curve at its end, pushed apart so that names do not overlap. ``ends``: (x, y, name, colour)."""
-    low, high = axis.get_ylim()
-    gap = 0.105 * (high - low)
-    placed = float("-inf")
-    for _, y, name, tint in sorted(ends, key=lambda end: end[1]):
-        placed = max(y, placed + gap)
-        axis.annotate(
-            f"{name}\u2002{significant(y, 3)}", (1.0, placed), (8, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="center", fontsize=11, color=tint, fontweight="bold", annotation_clip=False,
-        )  # fmt: skip
+        axis.set_title(unit, loc="left", fontsize=11, color=colour("muted"), pad=28 if label_stages else 8)
+    tick_formats(axis)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jinja2
@@ -12,6 +11,7 @@ from llada_mega.errors import DataError
 from llada_mega.reporting import page
 from llada_mega.reporting.comparison import compare_run
 from llada_mega.reporting.facts import findings, header_facts, status
+from llada_mega.reporting.palette import palette_css
 from llada_mega.reporting.plots import all_plots
 from llada_mega.reporting.record import RunRecord, read_run
 
@@ -28,7 +28,7 @@ def write_report(run_dir: Path) -> Path:
     partial = path.with_suffix(".html.partial")
     try:
         partial.write_text(render_report(record), encoding="utf-8")
-        os.replace(partial, path)  # a reader of the old page never sees half of the new one
+        partial.replace(path)  # a reader of the old page never sees half of the new one
     except OSError as error:
         raise DataError(f"{path}: cannot write ({error.strerror}); free space or check permissions") from error
     return path
@@ -43,7 +43,7 @@ def render_report(record: RunRecord) -> str:
     plots = all_plots(record)
     table = compare_run(record)
     return environment.get_template("report.html.j2").render(
-        css=Markup(loader.get_source(environment, "report.css")[0]),
+        css=Markup(palette_css() + loader.get_source(environment, "report.css")[0]),
         name=record.name,
         status=status(record),
         facts=header_facts(record),

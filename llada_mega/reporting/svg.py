@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from llada_mega.reporting.palette import SERIES_LIGHT
+
 ROLES = ("ink", "muted", "grid", "accent", "warn", "paper")
-SERIES = 10  # colours for block sizes, in the order of the hue
 PIXELS_PER_INCH = 72  # of an SVG's user units: a figure of 14.4 inches is 1040 pixels wide
 
 
@@ -29,14 +31,7 @@ def colour(role: str) -> str:
 
 def series_colour(index: int) -> str:
     """Stand-in for the CSS variable ``--series-<index>``."""
-    return f"#0102{index % SERIES:02x}"
-
-
-def spread_colours(values: list[int]) -> dict[int, str]:
-    """One series colour a value: sorted, and spread over the hues, so that neighbours differ as much as can be."""
-    ordered = sorted(set(values))
-    step = (SERIES - 1) / max(len(ordered) - 1, 1)
-    return {value: series_colour(round(index * step)) for index, value in enumerate(ordered)}
+    return f"#0102{index % len(SERIES_LIGHT):02x}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Plot:
 @contextmanager
 def plot_style() -> Iterator[None]:
     """Matplotlib settings of every plot of the page; sizes are CSS pixels."""
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "font.size": 12,
         "axes.edgecolor": colour("grid"),
@@ -86,11 +81,13 @@ def plot_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: int, height: int, rows: int = 1, columns: int = 1, **grid: object) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: int, height: int, rows: int = 1, columns: int = 1, *, sharex: bool = False, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure of ``width`` x ``height`` CSS pixels and its axes, row by row."""
     figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.subplots(rows, columns, squeeze=False, **grid)  # type: ignore[arg-type]
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     flat = [axis for row in axes for axis in row]
     for axis in flat:
         axis.patch.set_alpha(0)
@@ -98,8 +95,10 @@ def new_figure(width: int, height: int, rows: int = 1, columns: int = 1, **grid:
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as ``<svg>`` markup to put into HTML. ``name`` (unique on the page) prefixes ids; ``label`` is its text
-    for readers who do not see it."""
+    """The figure as ``<svg>`` markup to put into HTML.
+
+    ``name`` (unique on the page) prefixes ids; ``label`` is its text for readers who do not see it.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -9,8 +9,8 @@ from rich.box import ROUNDED, Box
 from rich.table import Table
 from rich.text import Text
 
-from llada_mega.reporting.comparison import Comparison, block_sizes, by_noise, compare_evaluations
-from llada_mega.reporting.formatting import finite, nats, percent, signed
+from llada_mega.reporting.comparison import Comparison, block_sizes, by_noise, compare_evaluations, noise_bounds
+from llada_mega.reporting.formatting import MISSING, finite, nats, percent, signed
 
 BOX: Box = ROUNDED
 _VERDICT_STYLES = {"better": "bold green", "worse": "bold red", "same": "dim", "unknown": "dim"}
@@ -18,7 +18,9 @@ _VERDICT_SIGNS = {"better": "▲", "worse": "▼", "same": "=", "unknown": " "} 
 _BAR_WIDTH = 18
 
 
-def render_before_after(before: Mapping[str, Any], after: Mapping[str, Any], *, title: str = "Before and after") -> Table:
+def render_before_after(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, title: str = "Before and after"
+) -> Table:
     """Two evaluation JSONs as one table: losses in nats and accuracies per block size, then the AR loss.
 
     Values that are missing on one side are an en dash. ▲ marks what got better, ▼ what got worse, = what was kept.
@@ -28,7 +30,7 @@ def render_before_after(before: Mapping[str, Any], after: Mapping[str, Any], *, 
     table.add_column("held-out measure", no_wrap=True)
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("after / before", no_wrap=True)
+    table.add_column("█ after  ─ before", no_wrap=True)
     losses = [value for row in rows if row.kind != "accuracy" for value in (row.before, row.after) if value]
     longest = max(losses, default=1.0)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -44,30 +46,30 @@ def render_before_after(before: Mapping[str, Any], after: Mapping[str, Any], *, 
 
 
 def render_eval(result: Mapping[str, Any], *, title: str = "Held-out evaluation") -> Table:
-    """One evaluation JSON: a row a block size, with the cross entropy by noise level; the AR loss in the last row."""
+    """One evaluation JSON, a column a block size: totals, cross entropy by noise level, and the AR loss."""
     table = Table(title=title, title_justify="left", title_style="bold", box=BOX, header_style="dim")
-    table.add_column("block size", justify="right")
-    for name in ("masked CE", "NLL bound", "accuracy"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("nats a token", no_wrap=True)
     blocks = {size: result["block_sizes"][str(size)] for size in block_sizes(result)}
-    levels = list(dict.fromkeys(level for values in blocks.values() for level in by_noise(values.get("by_noise"))))
-    for level in levels:
-        table.add_column(f"t {level}", justify="right", no_wrap=True)
-    for size, values in blocks.items():
-        noise = by_noise(values.get("by_noise"))
-        table.add_row(
-            Text(str(size), style="bold"),
-            nats(finite(values.get("ce_masked"))),
-            nats(finite(values.get("nll_bound"))),
-            percent(finite(values.get("accuracy"))),
-            *(nats(noise.get(level)) for level in levels),
-            end_section=size == max(blocks),
-        )
+    for size in blocks:
+        table.add_column(f"block {size}", justify="right", no_wrap=True)
+    noise = {size: by_noise(values.get("by_noise")) for size, values in blocks.items()}
+    levels = sorted({level for values in noise.values() for level in values}, key=noise_bounds)
     ar_nll = finite(result.get("ar_nll"))
+    if blocks:
+        for name, key, form, style in (
+            ("masked CE", "ce_masked", nats, "bold"),
+            ("NLL bound", "nll_bound", nats, ""),
+            ("accuracy", "accuracy", percent, ""),
+        ):
+            cells = [form(finite(values.get(key))) for values in blocks.values()]
+            table.add_row(name, *cells, style=style, end_section=key == "accuracy")
+    for level in levels:
+        cells = [nats(noise[size].get(level)) for size in blocks]
+        table.add_row(f"masked CE at t {level}", *cells, style="dim", end_section=level == levels[-1])
     if ar_nll is not None:
-        table.add_row("AR", nats(ar_nll), "", "", *([""] * len(levels)))
-    table.caption = "losses in nats a token; AR: shifted next-token loss under the causal mask"
-    table.caption_justify = "left"
+        if not blocks:
+            table.add_column("", justify="right")
+        table.add_row("AR loss (causal)", nats(ar_nll))
     return table
 
 
@@ -82,7 +84,7 @@ def _value(row: Comparison, value: float | None) -> str:
 
 def _change(row: Comparison) -> Text:
     if row.change is None:
-        return Text("–", style="dim")
+        return Text(MISSING, style="dim")
     number = f"{signed(100 * row.change, 1)} pt" if row.kind == "accuracy" else signed(row.change)
     return Text(f"{number} {_VERDICT_SIGNS[row.verdict]}", style=_VERDICT_STYLES[row.verdict])
 

@@ -42,7 +42,12 @@ def config(name: str, block_sizes: list[int], steps: int, *, moe: bool = False) 
         "run": {"name": name, "dir": f"runs/{name}"},
         "seed": 1234,
         "model": ling if moe else smollm,
-        "data": {"sequence_length": 128, "document_alignment": 32, "block_origin": "document", "clean_tokens": "needed"},
+        "data": {
+            "sequence_length": 128,
+            "document_alignment": 32,
+            "block_origin": "document",
+            "clean_tokens": "needed",
+        },
         "parallel": {"tp": 1, "pp": 1, "cp": 1, "ep": 1},
         "curriculum": {"stages": stage_configs(block_sizes, steps)},
         "objective": {"weighting": "elbo", "schedule": "linear", "t_min": 0.0, "t_max": 1.0, "level": "sequence"},
@@ -69,7 +74,7 @@ def training_rows(block_sizes: list[int], steps: int, *, moe: bool = False, seed
             "consumed_samples": step * 8, "consumed_tokens": step * TOKENS_PER_STEP,
             "loss": cross_entropy * (1 + rng.gauss(0, 0.06)) * 1.04, "ce_masked": cross_entropy, "mask_ratio": ratio,
             "grad_norm": 6.5 * math.exp(-inside / 5) + 1.6 + abs(rng.gauss(0, 0.35)),
-            "lr": 1e-4 * min(step / 6, 1.0) * (1.0 if step < 0.8 * steps else 0.1 + 0.9 * (steps - step) / (0.2 * steps)),
+            "lr": 1e-4 * min(step / 6, 1.0, 0.1 + 0.9 * (steps - step) / (0.2 * steps)),
             "tokens_per_s": 178 + rng.gauss(0, 6), "positions_per_s": 330 + rng.gauss(0, 10),
             "tflops_per_device": 0.26, "mfu": None, "memory_gib": 2.9 + 0.002 * step,
         }  # fmt: skip
@@ -142,7 +147,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_fake_run(
-    run_dir: Path, *, block_sizes: tuple[int, ...] = (1, 4, 8), steps: int = 60, moe: bool = False, finished: bool = True
+    run_dir: Path,
+    *,
+    block_sizes: tuple[int, ...] = (1, 4, 8),
+    steps: int = 60,
+    moe: bool = False,
+    finished: bool = True,
 ) -> Path:
     """A whole run: configuration, metrics with validation and, when ``finished``, evaluations, summary and sample."""
     sizes = list(block_sizes)
