@@ -10,8 +10,9 @@ R logit rows (masked tokens rounded up).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import chain
+from typing import Any
 
 import torch
 from llada_kernels import IntervalMask
@@ -68,11 +69,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors, but not the mask, on ``device``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {
-            name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)
-        }
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        return Batch(**moved)
 
 
 @dataclass

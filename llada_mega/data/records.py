@@ -177,7 +177,7 @@ def _lines(raw: BinaryIO, suffix: str) -> Iterable[bytes]:
 
 
 def _zstd_lines(raw: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstandard file of one or several frames. The package's stream reader takes a cut-off file for whole."""
+    """Lines of a zstandard file of one or several frames. The package's own reader takes a cut-off file for whole."""
     frame = None
     rest = b""
     while block := raw.read(_READ_BYTES):
