@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+
 
 import torch
 from llada_kernels import IntervalMask
-from llada_kernels.interval_mask import BlockOrigin
 from torch import Tensor
 
 from llada_mega.diffusion.blocks import index_blocks
@@ -83,7 +82,7 @@ def build_visibility(
         document_lengths,
         block_size,
         padding=padding,
-        block_origin=cast(BlockOrigin, block_origin),
+        block_origin=block_origin,
         sequence_lengths=sequence_lengths,
     )
     kept_K = torch.cat((torch.arange(length), length + clean_positions_C))
