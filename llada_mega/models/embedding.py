@@ -41,9 +41,7 @@ class EmbeddingNoise:
 class NoisyEmbedding(LanguageModelEmbedding):
     """Megatron's vocabulary-parallel embedding plus :class:`EmbeddingNoise`. Batch size 1 when there is noise."""
 
-    def forward(  # type: ignore[override]
-        self, input_ids_BS: Tensor, position_ids_BS: Tensor, noise: EmbeddingNoise | None = None
-    ) -> Tensor:
+    def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, noise: EmbeddingNoise | None = None) -> Tensor:
         """int64 ids ``[B, S]`` -> hidden ``[S, 1 or B, H]``, this rank's slice of S under sequence parallelism."""
         hidden_SBH = super().forward(input_ids_BS, position_ids_BS)
         if noise is None or noise.std == 0.0:

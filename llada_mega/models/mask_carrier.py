@@ -26,7 +26,7 @@ _ids = itertools.count()
 
 
 def pack(mask: IntervalMask) -> Tensor:
-    """``mask`` as int32 ``[nfunc + 1, max(total_q, 3)]`` on the CPU: the endpoints, then a row (id, total_k, total_q)."""
+    """``mask`` as int32 ``[nfunc + 1, max(total_q, 3)]`` on the CPU: endpoints, then a row (id, total_k, total_q)."""
     endpoints = mask.endpoints.cpu()
     carrier = torch.zeros(endpoints.shape[0] + 1, max(mask.total_q, _HEADER), dtype=torch.int32)
     carrier[:-1, : mask.total_q] = endpoints

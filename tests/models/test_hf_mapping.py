@@ -78,7 +78,7 @@ def test_query_key_value_rows_are_interleaved_per_key_value_head() -> None:
 def test_contradictions_are_config_errors() -> None:
     with pytest.raises(ConfigError, match=r"model\.architecture=gpt2 .* use one of llama"):
         local_names(dense_config("gpt2"))
-    with pytest.raises(ConfigError, match="use model.architecture=llada2_moe"):
+    with pytest.raises(ConfigError, match=r"use model\.architecture=llada2_moe"):
         local_names(moe_config(architecture="llama"))
 
 
@@ -96,5 +96,5 @@ def test_loading_pads_the_vocabulary_with_zeros_and_checks_shapes() -> None:
     wrong = short | {"model.norm.weight": torch.ones(7)}
     with pytest.raises(CheckpointError, match=r"decoder\.final_layernorm\.weight has shape \[7\]"):
         load_tensors(target, hf_to_local(config, wrong.__getitem__))
-    with pytest.raises(CheckpointError, match="tensors are missing, the first is decoder.final_layernorm.weight"):
+    with pytest.raises(CheckpointError, match=r"tensors are missing, the first is decoder\.final_layernorm\.weight"):
         load_tensors(target, [(n, t) for n, t in hf_to_local(config, short.__getitem__) if "final" not in n])

@@ -1,4 +1,8 @@
-"""The mixture of experts against the independent reference: forward and all gradients, float64."""
+"""The mixture of experts against the independent reference: forward and all gradients, float64.
+
+Router scores are fp32 whatever the dtype of the model; Megatron-Core 0.16 goes back to float64 right after the sigmoid,
+as the reference does, 0.19 after the normalisation.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ import torch.nn.functional as F
 
 from llada_mega.models import build_model
 from llada_mega.models.router import BalancedRouter
+from llada_mega.parallel.megatron_compat import VERSION
 from tests.models import reference
 from tests.models.helpers import assert_close, bdlm_inputs, hf_gradients, hf_weights, moe_config, randomize
 
 pytestmark = pytest.mark.latest
 DOCUMENTS = [10, 6]
+TOLERANCE = 1e-10 if VERSION < (0, 17) else 1e-6
 
 
 @pytest.mark.parametrize("shared", [40, 0])
@@ -30,13 +36,13 @@ def test_forward_and_gradients_equal_the_reference(shared: int) -> None:
     with torch.no_grad():
         actual_logits = model(ids, position, carrier)
     expected_logits = reference.logits(ids, position, reference.equation_3(DOCUMENTS, 4), weights, config)[0]
-    assert_close(actual_logits, expected_logits, 1e-12, "logits")
+    assert_close(actual_logits, expected_logits, TOLERANCE, "logits")
 
     cross_entropy = F.cross_entropy(expected_logits[rows], labels, reduction="none")
     (cross_entropy * row_weights).sum().backward()
     out = model(ids, position, carrier, logit_rows_R=rows, labels_R=labels, weights_R=row_weights)
     out.loss_sum.backward()
-    assert_close(out.cross_entropy_R, cross_entropy.detach(), 1e-12, "cross entropy")
+    assert_close(out.cross_entropy_R, cross_entropy.detach(), TOLERANCE, "cross entropy")
     gradients = hf_gradients(model)
     for name, weight in weights.items():
         if name.endswith("expert_bias"):
@@ -44,7 +50,7 @@ def test_forward_and_gradients_equal_the_reference(shared: int) -> None:
         elif weight.grad is None:  # an expert that no token chose
             assert gradients[name].abs().max() == 0.0, name
         else:
-            assert_close(gradients[name], weight.grad, 1e-10, name)
+            assert_close(gradients[name], weight.grad, TOLERANCE, name)
 
 
 def test_the_expert_bias_changes_the_choice_but_not_the_weights() -> None:
