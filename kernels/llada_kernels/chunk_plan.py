@@ -19,10 +19,12 @@ from llada_kernels.interval_mask import IntervalMask, visible_keys
 Interval = tuple[int, int]
 
 # What a chunk costs beyond its pairs, forward and backward together, in pairs of one row and one key. Measured on one
-# core (AVX-512, torch 2.13): about 65 us a chunk, against 14 FLOPs x heads x head dim a pair at 90 GFLOP/s.
+# core (AVX-512, torch 2.13): about 45 us a chunk, against 14 FLOPs x heads x head dim a pair at 90 GFLOP/s.
 CHUNK_COST_FLOPS = 280_000
 # Accumulating the gradient of one key and value, in pairs, when each query head has its own key head.
 KEY_COST_ROWS = 6
+# Rows of a chunk that needs an additive mask: bounds that mask, and so the memory, by O(keys).
+MAX_MIXED_ROWS = 256
 # Additive masks are kept with the plan up to this many elements (16 MiB in float32), and rebuilt each time beyond it.
 CACHED_BIAS_ELEMENTS = 1 << 22
 
@@ -147,7 +149,8 @@ def _chunks(endpoints: Tensor, chunk_cost: int, key_cost: int) -> Iterator[Chunk
         pairs, merged_area = (rows + run_rows) * merged_size, area + run_rows * run_size
         fixed = chunk_cost + key_cost * merged_size
         apart = rows * size + run_rows * run_size + chunk_cost + key_cost * (size + run_size - merged_size)
-        if rows and (pairs - merged_area > fixed or pairs > apart):
+        too_tall = pairs > merged_area and rows + run_rows > MAX_MIXED_ROWS
+        if rows and (pairs - merged_area > fixed or pairs > apart or too_tall):
             yield close()
             first, rows, area = first + rows, 0, 0
             merged, merged_size, merged_area = run, run_size, run_rows * run_size

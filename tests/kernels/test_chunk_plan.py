@@ -60,9 +60,11 @@ def test_many_short_documents_share_chunks_and_memory_follows_the_rows() -> None
     assert plan.buffer_keys < 500
 
 
-def test_large_biases_are_not_kept() -> None:
-    mask = IntervalMask.block_diffusion([4096], 32)
-    plan = ChunkPlan.build(mask, 500, 6)
+def test_additive_masks_stay_small() -> None:
+    plan = ChunkPlan.build(IntervalMask.block_diffusion([512, 3584], 32), 10**12, 6)
+    assert max(chunk.num_rows for chunk in plan.chunks if not chunk.full) <= 256
     for chunk in plan.chunks:
         plan.bias(chunk, torch.float32)
-    assert not plan.biases
+    assert not plan.biases  # too much to keep with the plan
+    whole = ChunkPlan.build(IntervalMask.mdlm([3000, 5]), 10**6, 6)
+    assert [chunk.full for chunk in whole.chunks] == [True, True]
