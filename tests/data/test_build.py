@@ -156,10 +156,10 @@ def test_malformed_records_are_counted_shown_and_skipped(
 
 def test_malformed_values_of_other_formats(tmp_path: Path, tokenizer_dir: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [TEXTS[0], None])
-    with pytest.raises(DataError, match="a.parquet:2: the value is null"):
+    with pytest.raises(DataError, match=r"a.parquet:2: the value is null"):
         build_corpus([tmp_path / "a.parquet"], tokenizer_dir, tmp_path / "c", progress=False)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="a.txt: not UTF-8"):
+    with pytest.raises(DataError, match=r"a.txt: not UTF-8"):
         build_corpus([tmp_path / "a.txt"], tokenizer_dir, tmp_path / "c", progress=False)
 
 
@@ -167,7 +167,7 @@ def test_text_that_spells_out_mask_is_malformed(tmp_path: Path) -> None:
     directory = save_tokenizer(tmp_path / "tokenizer", extra=["<mask>"])
     (directory / "special_tokens_map.json").write_text('{"mask_token": "<mask>"}')
     (tmp_path / "a.jsonl").write_bytes(jsonl(["fine", "a <mask> here"]))
-    with pytest.raises(DataError, match="a.jsonl:2: the text spells out the MASK token"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: the text spells out the MASK token"):
         build_corpus([tmp_path / "a.jsonl"], directory, tmp_path / "c", progress=False)
 
 
@@ -191,7 +191,10 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut.jsonl.zst": (damaged_zstd, "damaged or cut off after line"),
     "no.jsonl.zst": (lambda path: path.write_bytes(b"plain"), "damaged or cut off"),
     "no.parquet": (lambda path: path.write_bytes(b"PAR1 nothing PAR1"), "cannot be read as parquet"),
-    "key.parquet": (lambda path: write_parquet(path, TEXTS, "body"), "no column text_key=text; its columns are body, id"),
+    "key.parquet": (
+        lambda path: write_parquet(path, TEXTS, "body"),
+        "no column text_key=text; its columns are body, id",
+    ),
     "type.parquet": (lambda path: write_parquet(path, [1, 2]), "holds int64, not strings"),
 }
 
@@ -273,7 +276,7 @@ def test_a_stopped_build_goes_on_after_its_finished_parts(
     for source, text in zip(sources, TEXTS, strict=False):
         source.write_bytes(jsonl([text]))
     sources[2].write_bytes(b"broken\n")
-    with pytest.raises(DataError, match="c.jsonl:1"):
+    with pytest.raises(DataError, match=r"c.jsonl:1"):
         build_corpus(sources, tokenizer_dir, tmp_path / "c", progress=False)
     sources[2].write_bytes(jsonl([TEXTS[2]]))
     sources[1].write_bytes(jsonl([TEXTS[3]]))  # changed since: must not be reused

@@ -174,7 +174,7 @@ def test_split_stays_when_documents_are_appended() -> None:
     _, other_seed = split_documents(1000, 0.1, seed=4)
     assert len(set(before) & set(other_seed)) < 30
     assert len(split_documents(10, 0.0, seed=0)[1]) == 0
-    with pytest.raises(ConfigError, match="valid_fraction=1.5"):
+    with pytest.raises(ConfigError, match=r"valid_fraction=1.5"):
         split_documents(10, 1.5, seed=0)
     with pytest.raises(DataError, match="needs two documents"):
         split_documents(1, 0.1, seed=0)

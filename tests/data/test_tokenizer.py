@@ -57,5 +57,5 @@ def test_unreadable_tokenizers(tmp_path: Path, content: str | None) -> None:
 def test_damaged_settings(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match="tokenizer_config.json"):
+    with pytest.raises(DataError, match=r"tokenizer_config.json"):
         load_tokenizer(tmp_path)
