@@ -25,8 +25,9 @@ CHUNK_COST_FLOPS = 280_000
 KEY_COST_ROWS = 6
 # Rows of a chunk that needs an additive mask: bounds that mask, and so the memory, by O(keys).
 MAX_MIXED_ROWS = 256
-# Additive masks are kept with the plan up to this many elements (16 MiB in float32), and rebuilt each time beyond it.
-CACHED_BIAS_ELEMENTS = 1 << 22
+# Additive masks are kept with the plan up to this many elements (4 MiB in float32: a caller may hold dozens of masks),
+# and rebuilt each time beyond it, which costs about 5 %.
+CACHED_BIAS_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
