@@ -106,12 +106,15 @@ def tick_formats(axis: Axes) -> None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0 else f"{value:.1e}"))
 
 
-def stage_bands(axis: Axes, stages: Sequence[StageSpan], tints: Mapping[int, str], *, label: bool) -> None:
+def stage_bands(
+    axis: Axes, stages: Sequence[StageSpan], tints: Mapping[int, str], *, label: bool, fontsize: float = 12
+) -> None:
     """Shade each stage in its block size's colour; name it above the band where there is room."""
     if not stages:
         axis.set_xmargin(0.05)
         return
     edges = stage_edges(stages)
+    points = 72 * axis.get_window_extent().width / axis.figure.dpi
     total = max(edges[-1] - edges[0], 1e-9)
     axis.set_xlim(min(edges[0], axis.dataLim.x0) - 0.004 * total, max(edges[-1], axis.dataLim.x1) + 0.004 * total)
     for stage, (left, right) in zip(stages, pairwise(edges), strict=True):
@@ -121,13 +124,12 @@ def stage_bands(axis: Axes, stages: Sequence[StageSpan], tints: Mapping[int, str
             axis.axvline(left, color=tint, linewidth=1, alpha=0.5, zorder=0.5)
         if not label:
             continue
-        share = (right - left) / total
-        text = f"block {stage.block_size} · {stage.layout}" if share > 0.16 else f"block {stage.block_size}"
-        if share < 0.075:
-            text = str(stage.block_size) if share > 0.03 else ""
+        names = (f"block {stage.block_size} · {stage.layout}", f"block {stage.block_size}", str(stage.block_size), "")
+        room = points * (right - left) / total / fontsize  # in ems; a bold character is about 0.68 of one
+        text = next(name for name in names if 0.68 * len(name) <= room)
         axis.annotate(
             text, ((left + right) / 2, 1.0), (0, 6), xycoords=("data", "axes fraction"), textcoords="offset points",
-            ha="center", va="bottom", fontsize=12, color=tint, fontweight="bold",
+            ha="center", va="bottom", fontsize=fontsize, color=tint, fontweight="bold",
         )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def stage_edges(stages: Sequence[StageSpan]) -> list[float]:
     return [*edges, stages[-1].last_step + 0.5]
 
 
-def end_labels(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def end_labels(axis: Axes, ends: Sequence[tuple[float, str, str]], fontsize: float = 11) -> None:
     """Name each curve at its end, pushed apart so that names do not overlap. ``ends``: (y, name, colour)."""
     low, high = axis.get_ylim()
     gap = 0.105 * (high - low)
@@ -147,5 +149,6 @@ def end_labels(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         placed = max(y, placed + gap)
         axis.annotate(
             f"{name}\u2002{significant(y, 3)}", (1.0, placed), (8, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="center", fontsize=11, color=tint, fontweight="bold", annotation_clip=False,
+            textcoords="offset points", va="center", fontsize=fontsize, color=tint, fontweight="bold",
+            annotation_clip=False,
         )  # fmt: skip

@@ -223,7 +223,7 @@ def interval_table(drawn: DrawnMask) -> Table:
         while start >= segment.stop:
             segment = next(segments)
         sees = Text(" \N{UNION} ").join(_interval(drawn, low, high) for low, high in row_intervals(drawn.mask, start))
-        block = "" if segment.half == "tokens" else str(drawn.block_S[start])
+        block = str(drawn.block_S[start]) if drawn.layout == "bdlm" else ""
         rows = f"{segment.half} {_tokens(drawn, start, stop)}"
         table.add_row(rows, str(segment.document), block, sees or Text("nothing"))
     if len(groups) > MAX_GROUPS:

@@ -40,6 +40,7 @@ class DrawnMask:
     """
 
     mask: IntervalMask
+    layout: str
     segments: list[Segment]
     halves: list[tuple[str, int, int]]
     block_edges: list[int]
@@ -77,7 +78,7 @@ def draw_layout(options: MaskOptions) -> DrawnMask:
     total = sum(documents)
     blocks = index_blocks(documents, options.block_size, options.block_origin)
     clean = visibility.clean_positions
-    first_half = "noisy" if options.layout == "bdlm" else "tokens"
+    first_half = "tokens" if options.layout == "ar" else "noisy"
     halves = [(first_half, 0, total)]
     if clean.numel():
         halves.append(("clean", total, total + clean.numel()))
@@ -92,6 +93,7 @@ def draw_layout(options: MaskOptions) -> DrawnMask:
     edges = [start for start, _ in _runs(np.stack((half_S, block_S)))]
     return DrawnMask(
         mask=visibility.mask,
+        layout=options.layout,
         segments=segments,
         halves=halves,
         block_edges=[*edges, token_S.numel()],

@@ -64,8 +64,11 @@ def subtitle(options: MaskOptions, drawn: DrawnMask) -> str:
     return f"{block}documents of {documents} tokens  ·  {live}\n{size_line(drawn)}"
 
 
-def draw_mask_axes(axis: Axes, drawn: DrawnMask, *, labels: bool = True) -> None:
-    """Draw the mask into ``axis``: rows downwards, keys to the right, in units of positions."""
+def draw_mask_axes(axis: Axes, drawn: DrawnMask, *, small: bool = False) -> None:
+    """Draw the mask into ``axis``: rows downwards, keys to the right, in units of positions.
+
+    ``small``: a thumbnail, with thin lines, no blocks and no names.
+    """
     size = drawn.size
     axis.set_xlim(0, size)
     axis.set_ylim(size, 0)
@@ -79,17 +82,16 @@ def draw_mask_axes(axis: Axes, drawn: DrawnMask, *, labels: bool = True) -> None
         for key_half, start, stop in drawn.halves:
             region = drawn.region(row_half, key_half)
             if region is not None:
-                _fill(axis, drawn, (first, last), (start, stop), COLOURS[region])
-    _boundaries(axis, drawn)
-    if labels:
+                _fill(axis, drawn, (first, last), (start, stop), COLOURS[region], gap=0.0 if small else 0.06)
+    _boundaries(axis, drawn, small)
+    if not small:
         _label_sides(axis, drawn)
 
 
-def _fill(axis: Axes, drawn: DrawnMask, rows: tuple[int, int], keys: tuple[int, int], tint: str) -> None:
+def _fill(axis: Axes, drawn: DrawnMask, rows: tuple[int, int], keys: tuple[int, int], tint: str, gap: float) -> None:
     """Squares for a small mask; for a large one an image of tiles, as strong as they are full."""
     part = quadrant(drawn, rows, keys)
     if drawn.size <= MAX_CELLS:
-        gap = 0.06
         cells = [
             Rectangle((keys[0] + key + gap, rows[0] + row + gap), 1 - 2 * gap, 1 - 2 * gap)
             for row, key in np.argwhere(part.dense().numpy())
@@ -109,15 +111,15 @@ def _fill(axis: Axes, drawn: DrawnMask, rows: tuple[int, int], keys: tuple[int, 
     axis.set_aspect("equal")
 
 
-def _boundaries(axis: Axes, drawn: DrawnMask) -> None:
+def _boundaries(axis: Axes, drawn: DrawnMask, small: bool) -> None:
     """Faint lines at blocks, dark ones at documents, a white gap between the halves; none where nobody sees anybody."""
     halves = {start for _, start, _ in drawn.halves}
     documents = {segment.start for segment in drawn.segments} - halves
     lines: list[tuple[set[int], str, float]] = []
-    if len(drawn.block_edges) <= MAX_BLOCK_LINES:
+    if not small and len(drawn.block_edges) <= MAX_BLOCK_LINES:
         lines.append((set(drawn.block_edges[1:-1]) - halves, LINE, 0.5))
     if len(documents) <= MAX_DOCUMENT_LINES:
-        lines.append((documents, INK, 0.8))
+        lines.append((documents, INK, 0.5 if small else 0.8))
     for row_half, first, last in drawn.halves:
         for key_half, start, stop in drawn.halves:
             if drawn.region(row_half, key_half) is None:
@@ -127,9 +129,10 @@ def _boundaries(axis: Axes, drawn: DrawnMask) -> None:
                 axis.vlines(inside, first, last, color=tint, linewidth=width, zorder=1 if tint == LINE else 3)
                 inside = [edge for edge in edges if first < edge < last]
                 axis.hlines(inside, start, stop, color=tint, linewidth=width, zorder=1 if tint == LINE else 3)
+    gap = 1.6 if small else 4
     for edge in halves - {0}:
-        axis.plot([edge, edge], [0, drawn.size], color="white", linewidth=4, zorder=4)
-        axis.plot([0, drawn.size], [edge, edge], color="white", linewidth=4, zorder=4)
+        axis.plot([edge, edge], [0, drawn.size], color="white", linewidth=gap, zorder=4)
+        axis.plot([0, drawn.size], [edge, edge], color="white", linewidth=gap, zorder=4)
 
 
 def _label_sides(axis: Axes, drawn: DrawnMask) -> None:
