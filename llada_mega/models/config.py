@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from llada_kernels import choose_backend
 from megatron.core.transformer import TransformerConfig
 
 from llada_mega.config.model import ModelConfig
@@ -30,6 +31,10 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ConfigError("model.implementation=te is not supported yet; use model.implementation=auto or local")
     if model.implementation not in ("auto", "local"):
         raise ConfigError(f"model.implementation={model.implementation} is unknown; use auto or local")
+    try:
+        choose_backend(model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise ConfigError(f"model.attention_backend={model.attention_backend}: {error}") from error
     if parallel.recompute not in ("none", "selective", "full"):
         raise ConfigError(f"parallel.recompute={parallel.recompute} is unknown; use none, selective or full")
     _check_division("model.num_attention_heads", model.num_attention_heads, "parallel.tp", parallel.tp)
@@ -77,8 +82,11 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
         "qk_layernorm": model.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method_std": model.init_std,
-        "perform_initialization": False,
+        # 0.16 marks a parameter as tensor-parallel only while it initialises it: let it initialise with nothing
+        "perform_initialization": True,
+        "init_method": _leave_uninitialized,
+        "output_layer_init_method": _leave_uninitialized,
+        "embedding_init_method": _leave_uninitialized,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -99,11 +107,16 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
         "expert_tensor_parallel_size": parallel.etp,
         "sequence_parallel": parallel.sp,
         "variable_seq_lengths": parallel.pp > 1,
+        "moe_token_dispatcher_type": parallel.dispatcher if model.is_moe else "alltoall",
     }
     fields |= _recompute_fields(parallel) | _pipeline_fields(parallel)
     if model.is_moe:
         fields |= _moe_fields(model, parallel, dtype)
     return transformer_config(**fields)
+
+
+def _leave_uninitialized(weight: torch.Tensor) -> None:
+    """In place of Megatron's init methods: see :mod:`llada_mega.models.initialization`."""
 
 
 def _recompute_fields(parallel: ParallelConfig) -> dict[str, object]:
@@ -139,7 +152,6 @@ def _moe_fields(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
-        "moe_token_dispatcher_type": parallel.dispatcher,
         "moe_grouped_gemm": False,
         "moe_permute_fusion": False,
     }
@@ -163,6 +175,11 @@ def _check_moe(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ConfigError(f"model.moe.top_k={moe.top_k} exceeds the {available} experts it chooses from; lower it")
     if parallel.dispatcher not in ("alltoall", "allgather"):
         raise ConfigError(f"parallel.dispatcher={parallel.dispatcher} is unknown; use alltoall or allgather")
+    if parallel.dispatcher == "allgather" and parallel.pp > 1:
+        raise ConfigError(
+            f"parallel.dispatcher=allgather does not work with parallel.pp={parallel.pp}; "
+            f"use parallel.dispatcher=alltoall"
+        )
     if parallel.tp > 1 and not parallel.sp:
         raise ConfigError(f"parallel.tp={parallel.tp} with experts needs sequence parallelism; set parallel.sp=true")
 
