@@ -30,7 +30,7 @@ help:
 # One recipe for both environments: Python, then torch (pinned per Python version), then the project with its extras.
 define install
 	@test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip was found; install one or set $(4)=/path/to/python" >&2; exit 2; }
-	"$(2)" -m venv --clear $(1)
+	"$(2)" -m venv $(1)
 	$(1)/bin/python $(PIP_INSTALL) torch
 	$(1)/bin/python $(PIP_INSTALL) --editable '.[dev,logging]'
 	touch $(1)/.installed

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from llada_mega.config.explain import explain, unknown_key
-from llada_mega.config.reference import element_type, find, nearest, without_optional
+from llada_mega.config.reference import element_type, find, nearest, optional_section, without_optional
 from llada_mega.config.schema import Config
 from llada_mega.errors import ConfigError
 
@@ -107,7 +107,17 @@ def _groups(schema: type) -> list[str]:
 def _compose(schema: type, overrides: Sequence[str]) -> DictConfig:
     with _hydra(schema):
         parsed = _parse(schema, overrides, OverridesParser.create())
-        return hydra_compose(_config_name(schema), [str(override.input_line) for override in parsed])
+        try:
+            return hydra_compose(_config_name(schema), [str(override.input_line) for override in parsed])
+        except (AssertionError, AttributeError) as error:  # OmegaConf cannot fill an optional section that is null
+            for override in parsed:
+                section = optional_section(schema, override.key_or_group)
+                if section is not None:
+                    raise ConfigError(
+                        f"{override.input_line}: {section} is null and cannot be filled in from here; "
+                        "set it in a configuration file, or give the whole list"
+                    ) from error
+            raise
 
 
 @contextmanager

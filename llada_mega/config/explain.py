@@ -108,5 +108,5 @@ def _missing_choice(error: MissingConfigException) -> ConfigError:
     if not group or not options:
         return ConfigError(" ".join(str(error).splitlines()[0].split()))
     close = difflib.get_close_matches(name, options, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return ConfigError(f"{group}={name} is not a choice; {hint}There are: {', '.join(options)}")
+    hint = f"did you mean {close[0]}? There are" if close else "there are"
+    return ConfigError(f"{group}={name} is not a choice; {hint}: {', '.join(options)}")

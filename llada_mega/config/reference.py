@@ -122,6 +122,16 @@ def find(schema: type, path: str) -> Any | None:
     return hint
 
 
+def optional_section(schema: type, path: str) -> str | None:
+    """The first part of ``path`` that is a section which may be null; None when there is none."""
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        hint = find(schema, ".".join(parts[:end]))
+        if hint is not None and is_optional(hint) and dataclasses.is_dataclass(without_optional(hint)):
+            return ".".join(parts[:end])
+    return None
+
+
 def section_path(schema: type, section: type) -> str:
     """Where the dataclass ``section`` stands in ``schema``: ``curriculum.stages[].`` or the empty string."""
     for key in walk(schema):
