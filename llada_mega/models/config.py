@@ -47,7 +47,8 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ConfigError(
             f"parallel.tp={parallel.tp} and model.num_query_groups={model.num_query_groups}: one must divide the other"
         )
-    if int(model.head_dim * model.rotary_percent) % 2 or not 0.0 < model.rotary_percent <= 1.0:
+    channels = model.head_dim * model.rotary_percent
+    if abs(channels / 2 - round(channels / 2)) > 1e-6 or not 0.0 < model.rotary_percent <= 1.0:
         raise ConfigError(
             f"model.rotary_percent={model.rotary_percent} of model.head_dim={model.head_dim} must be an even, positive "
             f"number of channels; use 1.0 or 0.5"

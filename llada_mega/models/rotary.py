@@ -14,7 +14,7 @@ def rotary_angles(position_ids_BS: Tensor, model: ModelConfig, dtype: torch.dtyp
     d = ``rotary_percent`` of the head dimension; the remaining channels of each head are not rotated.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    channels = int(model.head_dim * model.rotary_percent)
+    channels = round(model.head_dim * model.rotary_percent)
     exponent = torch.arange(0, channels, 2, dtype=wide, device=position_ids_BS.device) / channels
     angles_BSd = position_ids_BS.to(wide)[..., None] * (1.0 / model.rope_theta**exponent)
     return torch.cat([angles_BSd, angles_BSd], dim=-1).transpose(0, 1)[:, :, None, :]
