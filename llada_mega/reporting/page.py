@@ -17,6 +17,7 @@ from llada_mega.reporting.record import Row, RunRecord
 from llada_mega.reporting.sample import GeneratedSample, TracedBlock
 
 MAX_CARDS = 4
+SAID_BEFORE = ("tokens_per_forward",)  # of a sample's facts
 SHOWN_STEPS = 14  # denoising steps shown before the other blocks are folded away
 
 
@@ -146,9 +147,9 @@ def sample_view(sample: GeneratedSample | None) -> dict[str, Any] | None:
             f" {sample.num_tokens} tokens took {sample.num_steps} denoising steps,"
             f" {significant(rate, 2)} tokens a step."
         )
-    if sample.facts:
-        facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sample.facts.items())
-        lead += f" {facts[0].upper()}{facts[1:]}."
+    facts = [f"{key.replace('_', ' ')} {value}" for key, value in sample.facts.items() if key not in SAID_BEFORE]
+    if facts:
+        lead += f" {', '.join(facts).capitalize()}."
     tokens = [cell for block in sample.blocks for cell in _flow_cells(block)]
     shown, steps = 0, 0
     for block in sample.blocks:
@@ -167,7 +168,7 @@ def _flow_cells(block: TracedBlock) -> list[dict[str, Any]]:
     revealed = block.revealed_at()
     last = max((step for step in revealed if step), default=1)
     cells: list[dict[str, Any]] = []
-    for token, step in zip(block.tokens, revealed, strict=True):
+    for token, step in list(zip(block.tokens, revealed, strict=True))[block.given :]:
         when = 0.0 if step is None or last == 1 else (step - 1) / (last - 1)
         cells.append({"text": "[MASK]" if token is None else token.replace("\n", "↵\n"), "when": f"{when:.2f}"})
     return cells
@@ -177,18 +178,15 @@ def _trace(block: TracedBlock) -> dict[str, Any]:
     """Rows of one block; a masked cell has the width of the token that comes to stand there, so that columns hold."""
     widths = [max(display_width(_visible(token)) if token else 2, 1) for token in block.tokens]
     rows: list[dict[str, Any]] = []
-    previous: Sequence[str | None] = (None,) * len(block.tokens)
-    step = 0
-    for snapshot in block.snapshots:
-        step += any(token is not None for token in snapshot)
+    for step, (snapshot, fresh) in zip(block.step_numbers(), block.changes(), strict=True):
         cells: list[dict[str, Any]] = []
-        for token, before, width in zip(snapshot, previous, widths, strict=True):
+        for position, (token, width) in enumerate(zip(snapshot, widths, strict=True)):
             if token is None:
                 cells.append({"state": "masked", "text": "", "width": width})
             else:
-                cells.append({"state": "" if token == before else "fresh", "text": _visible(token), "width": width})
+                state = "given" if position < block.given else ("fresh" if fresh[position] else "")
+                cells.append({"state": state, "text": _visible(token), "width": width})
         rows.append({"step": step, "cells": cells})
-        previous = snapshot
     return {"rows": rows}
 
 

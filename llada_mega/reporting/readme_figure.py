@@ -105,7 +105,9 @@ def _heading(figure: Figure, left: float, bottom: float, title: str, detail: str
     if detail:
         figure.draw_without_rendering()
         end = text.get_window_extent().x1 / figure.dpi
-        figure.text((end + 0.12) / across, bottom / up, detail, fontsize=10, color=MUTED, va="baseline")
+        figure.text(
+            (end + 0.12) / across, bottom / up, detail, fontsize=10, color=MUTED, va="baseline", parse_math=False
+        )
 
 
 def stages_to_draw(stages: Sequence[StageSpan]) -> list[StageSpan]:
@@ -198,16 +200,16 @@ def _trace(axis: Axes, blocks: Sequence[TracedBlock], rows: int) -> None:
 
 def _trace_block(axis: Axes, block: TracedBlock, widths: Sequence[int], left: float, right: float, rows: int) -> None:
     """Masked positions are empty boxes, tokens filled in since the row above are highlighted."""
-    first_step = 0 if all(token is None for token in block.snapshots[0]) else 1
     last = len(block.snapshots) - 1
     steps = min(rows, last + 1)
     shown = [round(row * last / max(steps - 1, 1)) for row in range(steps)]
-    font: Any = {"family": "monospace", "fontsize": TRACE_FONT, "va": "center"}
-    before: Sequence[str | None] = (None,) * len(block.tokens)
+    font: Any = {"family": "monospace", "fontsize": TRACE_FONT, "va": "center", "parse_math": False}
+    before: Sequence[str | None] = block.snapshots[0][: block.given] + (None,) * (len(block.tokens) - block.given)
     for row, index in enumerate(shown):
-        axis.text(left, row + 0.5, f"step {index + first_step}", color=MUTED, fontsize=9.5, va="center")
+        axis.text(left, row + 0.5, f"step {block.step_numbers()[index]}", color=MUTED, fontsize=9.5, va="center")
         column = left + 8
-        for token, previous, width in zip(block.snapshots[index], before, widths, strict=True):
+        cells = zip(block.snapshots[index], before, widths, strict=True)
+        for position, (token, previous, width) in enumerate(cells):
             if column + width + 1 > right:
                 axis.text(column + 0.3, row + 0.5, "…", color=MUTED, **font)
                 break
@@ -221,7 +223,7 @@ def _trace_block(axis: Axes, block: TracedBlock, widths: Sequence[int], left: fl
             if token is not None:
                 text = token.replace("\n", "↵")
                 axis.text(column + 0.25 + width / 2, row + 0.48, text.strip() or text, ha="center",
-                          color="white" if fresh else INK, **font)  # fmt: skip
+                          color="white" if fresh else (MUTED if position < block.given else INK), **font)  # fmt: skip
             column += width + 0.7
         before = block.snapshots[index]
 
