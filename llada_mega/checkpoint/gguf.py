@@ -39,8 +39,8 @@ _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 def default_cache() -> Path:
-    """Where downloads and extracted files are kept: ``LLADA_MEGA_CACHE`` or ``~/.cache/llada-mega``."""
-    return Path(os.environ.get("LLADA_MEGA_CACHE") or Path.home() / ".cache" / "llada-mega")
+    """Where extracted files are kept: ``$XDG_CACHE_HOME/llada-mega``, by default ``~/.cache/llada-mega``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llada-mega"
 
 
 def find_gguf(path: Path, cache_dir: Path | None = None) -> Path:

@@ -131,23 +131,26 @@ def export_hf(
     block_size: int | None = None,
     tokenizer_files: dict[str, str] | None = None,
     max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
 ) -> None:
     """Write a directory that plain transformers loads. It appears under its name only when it is whole.
 
     Args:
-        directory: must not exist, or be empty.
+        directory: must not exist, or be empty, or with ``overwrite`` be a Hugging Face directory.
         config: a dense model.
         tensors: (Hugging Face name, tensor), stored as ``dtype``.
         dtype: float32, bfloat16 or float16.
         block_size: decoding block, written into config.json.
         tokenizer_files: file name -> text.
         max_shard_size: bytes, or a string as :func:`parse_size` takes it.
+        overwrite: replace what is there, once the new directory is whole.
     Raises:
         CheckpointError: the directory is in use or cannot be written, the model has no Hugging Face family, or the
             tensors are not its.
     """
     content, limit = render_config(config, dtype, block_size), parse_size(max_shard_size)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    replaced = overwrite and (directory / CONFIG).is_file()
+    if directory.exists() and not replaced and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists and is not empty; choose another output or remove it")
     partial = directory.with_name(f".{directory.name}.partial")
     try:
@@ -164,7 +167,7 @@ def export_hf(
         shapes, _ = _read_headers(partial, {name: partial / file for name, file in _weight_map(partial).items()})
         check_shapes(config, shapes, directory)
         if directory.exists():
-            directory.rmdir()
+            shutil.rmtree(directory)
         partial.replace(directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {directory}: {error}") from error

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 import llada_mega
 from llada_mega.checkpoint.checkpoint import read_model_config, verify
 from llada_mega.checkpoint.convert import export_model, import_model
 from llada_mega.checkpoint.hf import import_hf
 from llada_mega.errors import CheckpointError, ConfigError
 from tests.checkpoint.tiny import FAMILIES, save_model
+
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,7 +37,13 @@ def test_round_trip_keeps_every_bit_and_adds_one_row(tmp_path: Path, family: str
     import_model(tmp_path / "out", tmp_path / "again")
     assert read_model_config(tmp_path / "again") == read_model_config(tmp_path / "checkpoint")
     export_model(tmp_path / "again", tmp_path / "out2", block_size=8)
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
 
 
@@ -74,7 +80,7 @@ def test_dtype_can_be_chosen(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     save_model(tmp_path / "in")
     import_model(tmp_path / "in", tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
         import_model(tmp_path / "in", tmp_path / "checkpoint")
     import_model(tmp_path / "in", tmp_path / "checkpoint", overwrite=True)
     export_model(tmp_path / "checkpoint", tmp_path / "out")
@@ -82,6 +88,12 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
         export_model(tmp_path / "checkpoint", tmp_path / "out")
     export_model(tmp_path / "checkpoint", tmp_path / "out", block_size=4, overwrite=True)
     assert json.loads((tmp_path / "out/config.json").read_text())["block_size"] == 4
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    for convert, source in ((import_model, "in"), (export_model, "checkpoint")):
+        with pytest.raises(CheckpointError, match="not empty"):
+            convert(tmp_path / source, tmp_path / "mine", overwrite=True)  # type: ignore[operator]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_a_failed_import_leaves_nothing(tmp_path: Path) -> None:

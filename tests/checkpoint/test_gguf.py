@@ -13,15 +13,14 @@ import pytest
 import tokenizers
 import torch
 
-pytest.importorskip("transformers")
-from transformers import AutoTokenizer
-
 import llada_mega
 from llada_mega.checkpoint.convert import import_model, write_tokenizer
 from llada_mega.checkpoint.gguf import find_gguf, import_gguf
 from llada_mega.checkpoint.mask_token import ensure_mask_token
 from llada_mega.errors import CheckpointError
 from tests.checkpoint.tiny import hugging_face_model
+
+transformers = pytest.importorskip("transformers")
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -122,7 +121,7 @@ def state_of(hugging_face: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_and_logits(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLADA_MEGA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     theirs = model(tie_word_embeddings=tied)
     write_gguf(tmp_path / "model.gguf", state_of(theirs))
     source = import_gguf(tmp_path / "model.gguf")
@@ -165,7 +164,7 @@ def test_tokenizer_splits_digits_and_keeps_special_tokens_whole(tmp_path: Path) 
         assert backend.decode(backend.encode(text).ids) == text
     assert backend.decode(backend.encode("<|im_start|>in<note>").ids, skip_special_tokens=True) == "in<note>"
     write_tokenizer(source, tmp_path / "tokenizer")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert (theirs.bos_token, theirs.eos_token, theirs.mask_token) == ("<|im_start|>", "<|im_end|>", "<|mask|>")
     chat = theirs.apply_chat_template([{"role": "user", "content": "in"}], tokenize=False)
     assert chat == "<|im_start|>in<|im_end|>"

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers")
-import transformers
-
 from llada_mega.checkpoint.hf import export_hf, import_hf, parse_size
 from llada_mega.checkpoint.source import SourceModel
 from llada_mega.errors import CheckpointError
 from tests.checkpoint.tiny import FAMILIES, edit_json, save_model
+
+transformers = pytest.importorskip("transformers")
 
 
 def export(source: SourceModel, directory: Path, **options: object) -> None:

@@ -9,9 +9,6 @@ import pytest
 import tokenizers
 import torch
 
-pytest.importorskip("transformers")
-from transformers import AutoTokenizer
-
 from llada_mega.checkpoint.convert import write_tokenizer
 from llada_mega.checkpoint.hf import import_hf
 from llada_mega.checkpoint.mask_token import MASK_TOKEN, ensure_mask_token
@@ -19,6 +16,8 @@ from llada_mega.checkpoint.source import EMBEDDING, OUTPUT
 from llada_mega.data.tokenizer import load_tokenizer
 from llada_mega.errors import CheckpointError
 from tests.checkpoint.tiny import edit_json, save_model
+
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -33,7 +32,9 @@ def test_a_row_is_appended_with_the_mean_of_the_others(tmp_path: Path, family: s
         assert torch.equal(grown[:300], tensor)
         if name in (EMBEDDING, OUTPUT):
             expected = torch.tensor([tensor[:, channel].double().sum() / 300 for channel in range(48)])
-            torch.testing.assert_close(grown[300].double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+            torch.testing.assert_close(
+                grown[300].double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0
+            )
         else:
             assert grown.shape == tensor.shape
 
@@ -44,7 +45,7 @@ def test_both_tokenizer_libraries_know_the_new_token(tmp_path: Path) -> None:
     write_tokenizer(source, tmp_path / "out")
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert backend.encode(f"a{MASK_TOKEN}b").ids[1] == 300 and backend.get_vocab_size() == 301
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.mask_token, theirs.mask_token_id, len(theirs)) == (MASK_TOKEN, 300, 301)
     assert theirs(f"a{MASK_TOKEN}b").input_ids[1] == 300
     assert theirs.decode([300, 5], skip_special_tokens=True) == theirs.decode([5])
@@ -94,7 +95,7 @@ def test_a_mask_id_of_the_configuration_is_kept(tmp_path: Path) -> None:
 def test_contradictions_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, size=290)
     edit_json(tmp_path / "config.json", mask_token_id=295)
-    with pytest.raises(CheckpointError, match="mask_token_id=295 is not in tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"mask_token_id=295 is not in tokenizer.json"):
         ensure_mask_token(import_hf(tmp_path))
     edit_json(tmp_path / "config.json", mask_token_id=1)
     edit_json(tmp_path / "tokenizer_config.json", mask_token="<unk>")
@@ -105,12 +106,12 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, size=310)
-    with pytest.raises(CheckpointError, match="tokenizer.json has 310 tokens, but vocab_size=300"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json has 310 tokens, but vocab_size=300"):
         ensure_mask_token(import_hf(tmp_path))
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="tokenizer.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read"):
         ensure_mask_token(import_hf(tmp_path))

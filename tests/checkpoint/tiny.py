@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 import torch
-import transformers
 from tokenizers import decoders, models, pre_tokenizers
+
+transformers = pytest.importorskip("transformers")
 
 FIELDS: dict[str, Any] = {
     "vocab_size": 300,
@@ -68,7 +70,12 @@ def save_tokenizer(directory: Path, size: int) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -29,7 +29,9 @@ def toy_logits(tokens: Tensor, block_size: int, rows: Tensor) -> Tensor:
     return torch.tensor(result)
 
 
-def brute_force(prompt: list[int], length: int, block_size: int, steps: int, threshold: float) -> tuple[list[int], list]:
+def brute_force(
+    prompt: list[int], length: int, block_size: int, steps: int, threshold: float
+) -> tuple[list[int], list]:
     """Greedy decoding in lists and loops."""
     total = -(-(len(prompt) + length) // block_size) * block_size
     tokens = prompt + [MASK] * (total - len(prompt))
