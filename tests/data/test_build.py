@@ -279,11 +279,11 @@ def test_a_stopped_build_goes_on_after_its_finished_parts(
     with pytest.raises(DataError, match=r"c.jsonl:1"):
         build_corpus(sources, tokenizer_dir, tmp_path / "c", progress=False)
     sources[2].write_bytes(jsonl([TEXTS[2]]))
-    sources[1].write_bytes(jsonl([TEXTS[3]]))  # changed since: must not be reused
+    sources[1].write_bytes(jsonl([TEXTS[1].swapcase()]))  # changed since, size unchanged: must not be reused
     tokenized.clear()
     report = build_corpus(sources, tokenizer_dir, tmp_path / "c", progress=False)
     assert tokenized == ["b.jsonl", "c.jsonl"] and report.parts_reused == 1
-    assert documents_of(tmp_path / "c") == [TEXTS[0], TEXTS[3], TEXTS[2]]
+    assert documents_of(tmp_path / "c") == [TEXTS[0], TEXTS[1].swapcase(), TEXTS[2]]
     assert not (tmp_path / "c.parts").exists()
 
 
