@@ -126,7 +126,7 @@ def test_epochs_and_seeds_differ_and_calls_agree() -> None:
         together = {frozenset(sample) for sample in first if len(sample) > 1}
         assert len(together & {frozenset(sample) for sample in other}) < 0.05 * len(together)
         sizes = [[sorted(-(-length // 8) for _, _, length in sample) for sample in epoch] for epoch in (first, other)]
-        assert sum(a == b for a, b in zip(*sizes, strict=True)) < 0.2 * len(first)
+        assert sum(a == b for a, b in zip(*sizes, strict=True)) < 0.7 * len(first)
 
 
 def test_samples_of_one_pattern_are_spread_over_the_epoch() -> None:
