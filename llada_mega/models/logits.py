@@ -104,7 +104,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         cross_entropy_R = torch.empty(labels_R.shape, dtype=wide, device=hidden_RH.device)
         correct_R = torch.empty(labels_R.shape, dtype=torch.bool, device=hidden_RH.device)
         hidden_grad_RH = torch.empty_like(hidden_RH) if with_gradients else None
-        weight_grad_VH = torch.zeros_like(weight_VH, dtype=wide) if with_gradients else None
+        weight_grad_VH: Tensor | None = None
         for start in range(0, labels_R.numel(), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden_CH = hidden_RH[rows]
@@ -113,29 +113,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             cross_entropy_R[rows], correct_R[rows], label_columns = _softmax_(
                 logits_CV, labels_R[rows] - first, num_real, first, tp_group
             )
-            if hidden_grad_RH is None or weight_grad_VH is None:
+            if hidden_grad_RH is None:
                 continue
             logits_CV[label_columns] -= 1.0  # probabilities now: p - onehot is the gradient of the cross entropy
             logits_CV *= weights_R[rows, None]
             gradient_CV = logits_CV.to(hidden_RH.dtype)
             torch.mm(gradient_CV, weight_VH, out=hidden_grad_RH[rows])
-            weight_grad_VH += gradient_CV.t() @ hidden_CH
+            weight_grad_VH = _accumulate(weight_grad_VH, gradient_CV.t(), hidden_CH, wide)
         loss_sum = (cross_entropy_R * weights_R).sum()
         ctx.tp_group = tp_group
-        if with_gradients:
+        if hidden_grad_RH is not None:
+            if weight_grad_VH is None:  # no rows
+                weight_grad_VH = torch.zeros_like(weight_VH)
             ctx.save_for_backward(hidden_grad_RH, weight_grad_VH)
         ctx.mark_non_differentiable(cross_entropy_R, correct_R)
         return loss_sum, cross_entropy_R, correct_R
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_outputs[0]
+        # Scaled in place, so one backward pass only: autograd refuses a second one with an error of its own.
         hidden_grad_RH, weight_grad_VH = ctx.saved_tensors
-        hidden_grad_RH = hidden_grad_RH * scale.to(hidden_grad_RH.dtype)
+        hidden_grad_RH.mul_(grad_outputs[0])
+        weight_grad_VH.mul_(grad_outputs[0])
         if ctx.tp_group.size() > 1:
             dist.all_reduce(hidden_grad_RH, group=ctx.tp_group)
-        weight_grad = (weight_grad_VH * scale).to(hidden_grad_RH.dtype)
-        return hidden_grad_RH, weight_grad, None, None, None, None, None, None
+        return hidden_grad_RH, weight_grad_VH.to(hidden_grad_RH.dtype), None, None, None, None, None, None
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """``total + left @ right`` in ``wide``, without a temporary of that size where the dtypes allow."""
+    if total is None:
+        return torch.mm(left, right).to(wide)
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left, right))
 
 
 def _softmax_(

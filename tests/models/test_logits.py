@@ -87,3 +87,13 @@ def test_no_rows() -> None:
     )
     out.loss_sum.backward()
     assert float(out.loss_sum) == 0.0
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The gradients are scaled in place: better an error than a wrong number."""
+    hidden, weight, labels, weights = inputs(torch.float32)
+    group = ensure_single_process().tp
+    out = chunked_cross_entropy(hidden, weight, labels, weights, vocab_size=VOCAB, tp_group=group)
+    out.loss_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        out.loss_sum.backward()
