@@ -33,7 +33,7 @@ def render_before_after(
     table.add_column("█ after  ─ before", no_wrap=True)
     losses = [value for row in rows if row.kind != "accuracy" for value in (row.before, row.after) if value]
     longest = max(losses, default=1.0)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
+    for row, following in zip(rows, [*rows[1:], None], strict=False):
         table.add_row(
             _label(row),
             _value(row, row.before),
