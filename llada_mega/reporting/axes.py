@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from llada_mega.reporting.comparison import validation_as_evaluation
+from llada_mega.reporting.comparison import block_sizes, validation_as_evaluation
 from llada_mega.reporting.formatting import finite, short_count, significant
 from llada_mega.reporting.record import Row, RunRecord, StageSpan
 
@@ -20,8 +20,9 @@ MAX_POINTS = 1200  # a longer series is drawn as its mean and range in so many b
 
 
 def all_block_sizes(record: RunRecord) -> list[int]:
-    """Block sizes that the run trained or validated with, ascending: each has one colour everywhere."""
+    """Block sizes that the run trained, validated or evaluated with, ascending: each has one colour everywhere."""
     sizes = {stage.block_size for stage in record.stages}
+    sizes |= {*block_sizes(record.eval_before), *block_sizes(record.eval_after)}
     for row in record.validation:
         sizes |= {int(size) for size in validation_as_evaluation(row)["block_sizes"]}
     return sorted(sizes)
@@ -94,7 +95,7 @@ def mark_nonfinite(axis: Axes, rows: Sequence[Row], key: str, tint: str) -> None
 
 def tick_formats(axis: Axes) -> None:
     """Few round ticks; thousands as 10K; whole steps."""
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10], min_n_ticks=1))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     if axis.get_yscale() != "linear":
         return

@@ -108,21 +108,30 @@ def validation_as_evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_run(record: RunRecord) -> ComparisonTable | None:
-    """The best before/after a run offers: two evaluations, its summary, or its first and last validation."""
-    if record.eval_before or record.eval_after:
-        rows = compare_evaluations(record.eval_before, record.eval_after)
-        if rows:
-            return ComparisonTable(rows, "before", "after")
-    rows = _compare_summary(record.summary)
-    if rows:
-        return ComparisonTable(rows, "before", "after")
-    if record.validation:
-        first, last = record.validation[0], record.validation[-1]
-        single = first is last
-        rows = compare_evaluations({} if single else validation_as_evaluation(first), validation_as_evaluation(last))
-        if rows:
-            return ComparisonTable(rows, "" if single else f"step {first['step']}", f"step {last['step']}")
-    return None
+    """The best before/after a run offers: evaluations, its summary, or its first and last validation.
+
+    Where an evaluation is missing its place is taken by the validation at that end; what has one side only is shown
+    alone, with an empty ``before_name``.
+    """
+    first = record.validation[0] if record.validation else None
+    last = record.validation[-1] if record.validation else None
+    sides = [
+        (record.eval_before, "before"),
+        (validation_as_evaluation(first), f"step {first['step']}") if first and last is not first else ({}, ""),
+    ]
+    ends = [
+        (record.eval_after, "after"),
+        (validation_as_evaluation(last), f"step {last['step']}") if last else ({}, ""),
+    ]
+    before, before_name = next(((side, name) for side, name in sides if side), ({}, ""))
+    after, after_name = next(((side, name) for side, name in ends if side), ({}, ""))
+    summary = _compare_summary(record.summary)
+    if summary and not (record.eval_before and record.eval_after):
+        return ComparisonTable(summary, "before", "after")
+    if not after:
+        before, before_name, after, after_name = {}, "", before, "before training"
+    rows = compare_evaluations(before, after)
+    return ComparisonTable(rows, before_name, after_name) if rows else None
 
 
 def _compare_summary(summary: Mapping[str, Any]) -> list[Comparison]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ def all_plots(record: RunRecord) -> list[Plot]:
     """Every plot the run has data for, in the order of the page."""
     makers: Sequence[Callable[[RunRecord], Plot | None]] = (
         training_loss, validation_loss, validation_accuracy, autoregressive_loss, loss_by_noise,
-        gradient_norm, learning_rate, mask_ratio, throughput, utilisation, memory, expert_load, dead_experts,
+        gradient_norm, learning_rate, mask_ratio, mask_embedding, throughput, utilisation, memory,
+        expert_load, dead_experts,
     )  # fmt: skip
     with plot_style():
         return [plot for make in makers if (plot := make(record)) is not None]
@@ -109,8 +110,16 @@ def autoregressive_loss(record: RunRecord) -> Plot | None:
 
 def loss_by_noise(record: RunRecord) -> Plot | None:
     """Cross entropy over the noise level, first evaluation against last, a panel a block size."""
-    last = record.eval_after or _last_with_noise(record, -1)
-    first = record.eval_before or _last_with_noise(record, 0)
+    first, last = record.eval_before or _noise_evaluation(record, 0), record.eval_after or _noise_evaluation(record, -1)
+    caption = (
+        "Cross entropy by the share t of masked tokens: first evaluation (dashed) and last (solid). "
+        "At high t the model has little but the finished blocks to go by."
+    )
+    if not last:
+        first, last = {}, _training_by_noise(record)
+        caption = (
+            "Cross entropy of the training steps by the share t of masked tokens, mean of each stage's second half."
+        )
     panels = [
         (int(size), by_noise(first.get("block_sizes", {}).get(size, {}).get("by_noise")), levels)
         for size, values in sorted(last.get("block_sizes", {}).items(), key=lambda item: int(item[0]))
@@ -138,18 +147,29 @@ def loss_by_noise(record: RunRecord) -> Plot | None:
         axis.set_axis_off()
     axes[0].set_ylabel("nats per masked token")
     figure.supxlabel("mask level t", fontsize=12, color=colour("muted"))
-    caption = (
-        "Cross entropy by the share t of masked tokens: first evaluation (dashed) and last (solid). "
-        "At high t the model has little but the finished blocks to go by."
-    )
     svg = to_svg(figure, "noise", "Held-out loss by noise level")
     return Plot("Loss by noise level", caption, svg, "losses", "wide")
 
 
-def _last_with_noise(record: RunRecord, index: int) -> dict[str, Any]:
+def _noise_evaluation(record: RunRecord, index: int) -> dict[str, Any]:
+    """The first (0) or last (-1) validation with losses by noise level, as an evaluation; empty when there is none."""
     evaluations = [validation_as_evaluation(row) for row in record.validation]
     kept = [entry for entry in evaluations if any("by_noise" in values for values in entry["block_sizes"].values())]
     return kept[index] if kept else {}
+
+
+def _training_by_noise(record: RunRecord) -> dict[str, Any]:
+    """Losses by noise level that the training steps logged (``ce_by_noise``), in the shape of an evaluation."""
+    blocks: dict[str, Any] = {}
+    for stage in record.stages:
+        values: dict[str, list[float]] = {}
+        for row in stage.rows[len(stage.rows) // 2 :]:
+            for level, value in by_noise(row.get("ce_by_noise")).items():
+                values.setdefault(level, []).append(value)
+        if values:
+            means = {level: sum(found) / len(found) for level, found in values.items()}
+            blocks[str(stage.block_size)] = {"by_noise": means}
+    return {"block_sizes": blocks}
 
 
 def gradient_norm(record: RunRecord) -> Plot | None:
@@ -177,24 +197,40 @@ def mask_ratio(record: RunRecord) -> Plot | None:
     )  # fmt: skip
 
 
+def mask_embedding(record: RunRecord) -> Plot | None:
+    """RMS of the MASK row of the embedding table, and the noise that is added to it."""
+    return _several(
+        record, {"mask_embedding_rms": ("MASK row", "accent"), "embedding_noise_std": ("noise", "muted")},
+        "MASK embedding", "RMS", "mask-embedding",
+        "An AR model never learned this row; noise on it keeps the first steps finite until it has grown.",
+    )  # fmt: skip
+
+
 def throughput(record: RunRecord) -> Plot | None:
     """Data tokens and model positions a second."""
-    keys = [key for key in ("tokens_per_s", "positions_per_s") if series(record.training, key)[0].size]
+    return _several(
+        record, {"tokens_per_s": ("data tokens", "accent"), "positions_per_s": ("model positions", "muted")},
+        "Throughput", "per second", "throughput",
+        "Data tokens a second, and the positions the model computes for them (noisy and clean).",
+    )  # fmt: skip
+
+
+def _several(
+    record: RunRecord, curves: Mapping[str, tuple[str, str]], title: str, unit: str, name: str, caption: str
+) -> Plot | None:
+    """Several series over the steps, ``curves``: key -> (name, role of the colour)."""
+    keys = [key for key in curves if series(record.training, key)[0].size]
     if not keys:
         return None
-    names = {"tokens_per_s": "data tokens", "positions_per_s": "model positions"}
-    tints = {"tokens_per_s": colour("accent"), "positions_per_s": colour("muted")}
     figure, (axis,) = new_figure(HALF, 250)
     for key in keys:
         for stage in record.stages:
-            draw_series(axis, stage.rows, key, tints[key])
+            draw_series(axis, stage.rows, key, colour(curves[key][1]))
     axis.set_ylim(bottom=0)
-    _finish(axis, record, "per second", label_stages=False)
+    _finish(axis, record, unit, label_stages=False)
     axis.set_xlabel("step")
-    ends = [(recent_mean(record.training, key), names[key], tints[key]) for key in keys]
-    end_labels(axis, ends)
-    caption = "Data tokens a second, and the positions the model computes for them (noisy and clean)."
-    return Plot("Throughput", caption, to_svg(figure, "throughput", "Throughput by step"), "machine")
+    end_labels(axis, [(recent_mean(record.training, key), curves[key][0], colour(curves[key][1])) for key in keys])
+    return Plot(title, caption, to_svg(figure, name, f"{title} by step"), "machine")
 
 
 def utilisation(record: RunRecord) -> Plot | None:

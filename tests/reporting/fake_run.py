@@ -76,7 +76,10 @@ def training_rows(block_sizes: list[int], steps: int, *, moe: bool = False, seed
             "grad_norm": 6.5 * math.exp(-inside / 5) + 1.6 + abs(rng.gauss(0, 0.35)),
             "lr": 1e-4 * min(step / 6, 1.0, 0.1 + 0.9 * (steps - step) / (0.2 * steps)),
             "tokens_per_s": 178 + rng.gauss(0, 6), "positions_per_s": 330 + rng.gauss(0, 10),
-            "tflops_per_device": 0.26, "mfu": None, "memory_gib": 2.9 + 0.002 * step,
+            "tflops_per_device": 0.26, "mfu": None, "memory_gib": 2.9 + 0.002 * step, "applied": True,
+            "embedding_noise_std": 0.1356 * max(1 - step / 25, 0.0), "mask_embedding_rms": 0.09 + 0.0002 * step,
+            "ce_by_noise": {f"{level / 8:g}-{(level + 1) / 8:g}": cross_entropy * (0.8 + 0.05 * level)
+                            for level in (step % 8, (step + 5) % 8)},
         }  # fmt: skip
         if moe:
             row["expert_load_max_over_mean"] = 1.35 + 2.2 * math.exp(-step / 14) + abs(rng.gauss(0, 0.08))

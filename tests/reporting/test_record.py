@@ -174,6 +174,11 @@ def test_where_before_and_after_come_from(tmp_path: Path) -> None:
         (1, 6.13, 3.77), (8, 9.15, 5.83), (None, 3.152, 3.118)
     ]  # fmt: skip
     (run / "summary.json").unlink()
+    write_json(run / "eval_before.json", evaluation(0.0))
+    table = compare_run(read_run(run))
+    assert table is not None
+    assert (table.before_name, table.after_name) == ("before", "step 60")
+    (run / "eval_before.json").unlink()
     table = compare_run(read_run(run))
     assert table is not None
     assert (table.before_name, table.after_name) == ("step 0", "step 60")

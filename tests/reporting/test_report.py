@@ -14,8 +14,16 @@ from llada_mega.reporting.report import write_report
 from tests.reporting.fake_run import config, training_rows, write_fake_run, write_json, write_rows
 from tests.reporting.page_parser import Page, read_page
 
-CORE_PLOTS = {"Training loss by stage", "Gradient norm", "Learning rate", "Throughput", "Mask ratio"}
-VALIDATION_PLOTS = {"Held-out denoising loss", "Held-out accuracy", "AR loss", "Loss by noise level"}
+CORE_PLOTS = {
+    "Training loss by stage",
+    "Loss by noise level",
+    "MASK embedding",
+    "Gradient norm",
+    "Learning rate",
+    "Throughput",
+    "Mask ratio",
+}
+VALIDATION_PLOTS = {"Held-out denoising loss", "Held-out accuracy", "AR loss"}
 
 
 def report(run: Path) -> Page:
@@ -44,7 +52,7 @@ def test_every_plot_is_there_and_named(whole: Page) -> None:
     assert set(whole.titles) >= CORE_PLOTS | VALIDATION_PLOTS | {"Memory", "TFLOP/s per device"}
     figures = [tag for tag, _ in whole.tags if tag == "figure"]
     drawings = [attributes for tag, attributes in whole.tags if tag == "svg"]
-    assert len(figures) == len(drawings) == 11
+    assert len(figures) == len(drawings) == 12
     assert all(attributes["aria-label"] and attributes["viewbox"] for attributes in drawings)
 
 
@@ -114,6 +122,7 @@ def test_without_validation(tmp_path: Path) -> None:
     write_rows(tmp_path, training_rows([1, 8], 40))
     page = report(tmp_path)
     assert not VALIDATION_PLOTS & set(page.titles)
+    assert "Cross entropy of the training steps by the share t" in page.text
     assert "Training CE per masked token" in page.text
     assert "Before and after" not in page.text
 
@@ -125,6 +134,18 @@ def test_one_validation_is_shown_without_a_before(tmp_path: Path) -> None:
     page = report(run)
     assert "Held-out evaluation" in page.inside("h2")
     assert "change" not in page.inside("th")
+
+
+def test_an_evaluation_before_training_only(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    for name in ("eval_after.json", "summary.json"):
+        (run / name).unlink()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_rows(run, [row for row in rows if "loss" in row])
+    page = report(run)
+    assert "Held-out evaluation" in page.inside("h2")
+    assert "before training" in page.inside("th")
+    assert "9.150" in page.inside("b")
 
 
 def test_before_the_first_step(tmp_path: Path) -> None:
