@@ -26,7 +26,7 @@ class TrainState:
 
 @dataclass
 class StepMeasurement:
-    """Global measurements of one step, known before the optimizer changes the weights.
+    """Global measurements of one step, all but ``expert_load`` known before the optimizer changes the weights.
 
     ``loss`` is the weighted loss over the objective's denominator, ``ce_masked`` the plain cross entropy per masked
     token; both in nats.
@@ -40,7 +40,7 @@ class StepMeasurement:
     num_positions: int  # processed positions, noisy and clean, padding included
     grad_norm: float
     ce_by_noise: dict[str, float] = field(default_factory=dict)
-    expert_load: Tensor | None = None  # float32 [moe_layers, num_experts]: tokens routed to each expert
+    expert_load: Tensor | None = None  # int64 [MoE layers, num_experts]: tokens that went to each; None when skipped
     flops: float = 0.0  # model FLOPs of this rank
 
     @property

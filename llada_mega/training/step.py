@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, clip_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_mega.data.batch import Batch
-from llada_mega.models import EmbeddingNoise, RowLosses, mask_carrier
+from llada_mega.models import EmbeddingNoise, RowLosses, discard_expert_load, mask_carrier, update_expert_bias
 from llada_mega.parallel import ParallelGroups
 from llada_mega.training.flops import batch_flops
 from llada_mega.training.state import NOISE_BINS, StepMeasurement, noise_bin_name
@@ -46,10 +47,9 @@ class TrainStep:
         self.model, self.optimizer, self.groups, self.seed, self.device = model, optimizer, groups, seed, device
         self.bare_model = model.module
         self._forward_backward = get_forward_backward_func()
-        self._expert_load: Tensor | None = None
         megatron_config = self.bare_model.config
         megatron_config.grad_scale_func = optimizer.scale_loss
-        megatron_config.finalize_model_grads_func = self._finalize
+        megatron_config.finalize_model_grads_func = finalize_model_grads
 
     def __call__(
         self, batches: list[Batch], *, learning_rate: float, embedding_noise_std: float, accept: Accept
@@ -83,6 +83,9 @@ class TrainStep:
         applied = not found_inf and accept(measured)
         if applied:
             self._update(learning_rate, grad_norm)
+            measured.expert_load = update_expert_bias(self.bare_model)
+        else:
+            discard_expert_load(self.bare_model)
         return measured, applied
 
     def _forward_step(
@@ -106,18 +109,10 @@ class TrainStep:
         )
         return output, partial(_loss, batch)
 
-    def _finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Megatron's reduction of gradients, after a look at the expert loads, which it resets."""
-        loads = [m.local_tokens_per_expert for m in self.bare_model.modules() if hasattr(m, "local_tokens_per_expert")]
-        self._expert_load = torch.stack(loads).clone() if loads else None
-        finalize_model_grads(model, num_tokens, **kwargs)
-
     def _reduce(self, outputs: list[Tensor], grad_norm: float) -> StepMeasurement:
         """Sum the micro-batches' metric vectors over all data-parallel ranks."""
         total = torch.stack(outputs).sum(0)
         torch.distributed.all_reduce(total, group=self.groups.dp_cp)
-        if self._expert_load is not None:
-            torch.distributed.all_reduce(self._expert_load, group=self.groups.dp_cp)
         loss, denominator, ce, rows, correct, tokens, positions = total[:7].tolist()
         bins = total[7:].reshape(2, NOISE_BINS).tolist()
         by_noise = {noise_bin_name(i): c / n for i, (c, n) in enumerate(zip(*bins, strict=True)) if n}
@@ -130,7 +125,6 @@ class TrainStep:
             num_positions=int(positions),
             grad_norm=grad_norm,
             ce_by_noise=by_noise,
-            expert_load=self._expert_load,
         )
 
     def _update(self, learning_rate: float, grad_norm: float) -> None:
@@ -140,7 +134,7 @@ class TrainStep:
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             parameters = optimizer.get_parameters()
             if parameters and optimizer.config.clip_grad > 0.0:
-                clip_grads.clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
+                megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
 
 

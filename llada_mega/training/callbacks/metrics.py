@@ -66,7 +66,7 @@ class MetricsCallback(Callback):
             "memory_gib": memory_gib(),
         }
         if measured.expert_load is not None:
-            load = measured.expert_load
+            load = measured.expert_load.float()
             row["expert_load_max_over_mean"] = float((load.amax(1) / load.mean(1).clamp(min=1e-9)).max())
             row["dead_experts"] = int((load == 0).sum())
         trainer.log(row)

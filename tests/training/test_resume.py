@@ -1,0 +1,103 @@
+"""A resumed run is the same run: weights, optimizer, data, noise and callbacks go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llada_mega.checkpoint.checkpoint import list_checkpoints, read_state
+from llada_mega.errors import CheckpointError
+from tests.training.conftest import TINY_MOE, Train
+from tests.training.rows import read_rows
+
+VALIDATION = ("trainer.validation.every=5", "trainer.validation.windows=8", "trainer.validation.block_sizes=[4]")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), TINY_MOE, ("checkpoint.async=true", "checkpoint.every=3"), ("trainer.dtype=bfloat16",)],
+    ids=["dense", "moe", "async", "bfloat16"],
+)
+def test_resume_continues_bit_for_bit(train: Train, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Stopped after step 4, resumed to step 10: the stage boundary lies at step 5."""
+    whole = train("whole", *VALIDATION, *overrides)
+    train("parts", *VALIDATION, *overrides, "trainer.max_steps=4")
+    assert train("parts", *VALIDATION, *overrides) == whole
+    for kind in ("loss", "valid/ar_nll"):
+        expected, resumed = (read_rows(tmp_path / name, kind) for name in ("whole", "parts"))
+        resumed = {step: row for step, row in resumed.items() if step in expected}  # the stop validated once more
+        assert resumed == expected
+    states = [read_state(list_checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("whole", "parts")]
+    assert states[0] == states[1]
+
+
+def test_a_damaged_newest_checkpoint_falls_back(train: Train, tmp_path: Path) -> None:
+    train("run", "checkpoint.every=2", "checkpoint.keep_last=3", "trainer.max_steps=6")
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    tensors = newest / "tensors" / "rank_00000.safetensors"
+    os.truncate(tensors, tensors.stat().st_size // 2)
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step_00000004"
+    assert train("run").step == 10
+    rows = read_rows(tmp_path / "run")
+    assert sorted(rows) == list(range(1, 11))
+
+
+def test_a_finished_run_stays_finished(train: Train, tmp_path: Path) -> None:
+    train("run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train("run").step == 10
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_never_starts_over(train: Train, tmp_path: Path) -> None:
+    train("run", "trainer.max_steps=2")
+    train("run", "trainer.max_steps=2", "checkpoint.resume=never")
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses if "loss" in row] == [1, 2, 1, 2]
+    assert losses[0]["loss"] == losses[2]["loss"]
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("seed=7", "seed was 1234 and is now 7"),
+        ("model.num_layers=3", "model.num_layers was 2 and is now 3"),
+        ("trainer.global_batch_size=8", "trainer.global_batch_size was 4 and is now 8"),
+        ("data.document_alignment=64", "data.document_alignment was 32 and is now 64"),
+        ("optimizer.lr=2e-3", "optimizer.lr was 0.001 and is now 0.002"),
+        ("curriculum.stages=[{block_size: 4, tokens: 2560}]", "curriculum.stages"),
+    ],
+)
+def test_silent_changes_are_refused(train: Train, tmp_path: Path, override: str, message: str) -> None:
+    train("run", "trainer.max_steps=1")
+    checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    with pytest.raises(CheckpointError, match="cannot resume") as error:
+        train("run", override)
+    assert message in str(error.value) and "run.name" in str(error.value)
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == [checkpoint]
+
+
+def test_a_moved_corpus_and_another_worker_count_resume(
+    train: Train, tmp_path: Path, corpus: Path
+) -> None:
+    train("run", "trainer.max_steps=2")
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{suffix}", moved / f"{corpus.name}{suffix}")
+    override = f"data.train=[{{path: {moved / corpus.name}}}]"
+    assert train("run", override, "data.num_workers=1", "trainer.micro_batch_size=4").step == 10
+
+
+def test_weights_without_a_run_cannot_be_resumed(train: Train, tmp_path: Path) -> None:
+    train("run", "trainer.max_steps=1")
+    checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    marker = json.loads((checkpoint / "COMPLETE").read_text())
+    (checkpoint / "state.json").write_text("{}\n")
+    (checkpoint / "COMPLETE").write_text(json.dumps(marker))
+    with pytest.raises(CheckpointError, match="trainer.init="):
+        train("run")
