@@ -264,11 +264,9 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _patch_clip_grads(clip_grads: Any) -> None:
-    clip_grads.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
-
-
 def _patch_optimizer(optimizer: Any) -> None:
+    # patched where it is used: this module may have bound the name before install()
+    optimizer.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(optimizer.clip_grad_by_total_norm_fp32)
     mixed = optimizer.Float16OptimizerWithFloat16Params
     mixed.__init__ = _with_cuda_type_names(mixed.__init__)
 
@@ -283,7 +281,6 @@ _SPECIAL: dict[str, Callable[[Any], None]] = {
     "megatron.core.tensor_parallel.random": _patch_random,
     "megatron.core.transformer.moe.moe_utils": _patch_moe_utils,
     "megatron.core.transformer.moe.token_dispatcher": _patch_token_dispatcher,
-    "megatron.core.optimizer.clip_grads": _patch_clip_grads,
     "megatron.core.optimizer.optimizer": _patch_optimizer,
     "megatron.core.optimizer.distrib_optimizer": _patch_distributed_optimizer,
 }
