@@ -104,10 +104,10 @@ def build_corpus(
     tokenizer = load_tokenizer(tokenizer_dir)
     if append_eos and tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer={tokenizer_dir} names no EOS token; set append_eos=false or add eos_token")
-    parts = find_parts(inputs)
     options = {"text_key": text_key, "append_eos": append_eos, "on_error": on_error}
-    keys = [_part_key(part, tokenizer, options) for part in parts]
     with _file_errors(prefix):
+        parts = find_parts(inputs)
+        keys = [_part_key(part, tokenizer, options) for part in parts]
         if finished := _finished(prefix, keys, overwrite):
             return BuildReport(prefix, finished, tokenizer.vocab_size, len(parts), len(parts), 0.0)
         directory = Path(f"{prefix}.parts")

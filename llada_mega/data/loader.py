@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llada_mega.data.batch import Batch, build_batch
 from llada_mega.data.order import CurriculumSamples
 from llada_mega.diffusion.schedule import get_schedule
-from llada_mega.errors import ConfigError, LladaMegaError
+from llada_mega.errors import ConfigError, DataError, LladaMegaError
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,22 @@ def micro_batches(
 
 def _steps(loader: DataLoader[Batch | LladaMegaError], per_step: int) -> Iterator[list[Batch]]:
     step: list[Batch] = []
-    for item in loader:
+    for item in _watched(loader):
         if isinstance(item, LladaMegaError):
             raise item
         step.append(item)
         if len(step) == per_step:
             yield step
             step = []
+
+
+def _watched(loader: DataLoader[Batch | LladaMegaError]) -> Iterator[Batch | LladaMegaError]:
+    """Items of the loader; a worker that died is an error for the user."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data worker died, out of memory perhaps ({str(error).splitlines()[0]}); use a smaller data.num_workers"
+        ) from error

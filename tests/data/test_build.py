@@ -329,3 +329,8 @@ def test_a_killed_process_resumes(
     report = build_corpus([small, fifo], tokenizer_dir, tmp_path / "c", progress=False)
     assert report.parts_reused == 1 and tokenized == ["b.jsonl"]
     assert documents_of(tmp_path / "c") == TEXTS
+
+
+def test_workers_start_without_torch() -> None:
+    code = "import sys, llada_mega.data.encoding; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -173,6 +174,19 @@ def test_a_damaged_corpus_ends_in_one_line(samples: CurriculumSamples, num_worke
             packed.corpus.check_vocabulary(50)
     with pytest.raises(DataError, match="outside the vocabulary of 50") as caught:
         steps_of(samples, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dead_worker_ends_in_one_line(samples: CurriculumSamples) -> None:
+    steps = micro_batches(
+        samples, OPTIONS, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, num_workers=1, prefetch_factor=1
+    )
+    next(steps)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(DataError, match=r"a data worker died, .*data\.num_workers") as caught:
+        for _ in steps:
+            pass
     assert "\n" not in str(caught.value)
 
 
