@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llada_mega.models.model import BlockDiffusionModel
-from llada_mega.models.naming import global_names, local_slice
+from llada_mega.models.naming import global_names, is_vocabulary, local_slice
 
 
 @torch.no_grad()
@@ -34,16 +34,9 @@ def _draw(model: BlockDiffusionModel, name: str, parameter: Tensor, seed: int) -
     if getattr(parameter, "tensor_model_parallel", False):
         group = model.groups.expt_tp if ".local_experts." in name else model.groups.tp
         shape[parameter.partition_dim] *= group.size()  # type: ignore[attr-defined]
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    if is_vocabulary(name):
         shape[0] = model.model_config.vocab_size
-    digest = hashlib.sha256(f"{seed}/{_tied_name(model, name)}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     draw = torch.empty(shape, dtype=torch.float32, device=parameter.device)
     return draw.normal_(0.0, model.model_config.init_std, generator=generator)
-
-
-def _tied_name(model: BlockDiffusionModel, name: str) -> str:
-    """Tied tables on two pipeline stages are one tensor."""
-    if name == "output_layer.weight" and model.model_config.tie_embeddings:
-        return "embedding.word_embeddings.weight"
-    return name

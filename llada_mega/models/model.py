@@ -86,6 +86,9 @@ class BlockDiffusionModel(LanguageModule):
                 tp_group=groups.tp,
             )
 
+    def _set_attention_backend(self) -> None:
+        """Megatron chooses TransformerEngine's attention here, through environment variables; ours reads none."""
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Hidden states from the previous pipeline stage (called by Megatron's schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)

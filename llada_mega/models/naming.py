@@ -15,16 +15,21 @@ from llada_mega.models.model import BlockDiffusionModel
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
 _EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)")
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def global_names(model: BlockDiffusionModel) -> dict[str, str]:
-    """Map every ``state_dict`` name of this rank to the name in the whole model."""
+    """Map every ``state_dict`` name of this rank to the name in the whole model.
+
+    The last pipeline stage of a model with tied tables holds a copy of the embedding table: it has that name.
+    """
     config, groups = model.config, model.groups
     first_layer = layer_offset(config, groups.pp.rank(), model.vp_stage)
     first_expert = (config.num_moe_experts or 0) // groups.ep.size() * groups.ep.rank()
 
     def whole(name: str) -> str:
+        if name == _OUTPUT and model.model_config.tie_embeddings:
+            return _EMBEDDING
         name = _LAYER.sub(lambda match: f"{match[1]}{int(match[2]) + first_layer}{match[3]}", name)
         return _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name)
 
@@ -43,7 +48,7 @@ def local_slice(model: BlockDiffusionModel, name: str, parameter: Tensor, whole:
     """
     is_expert = ".local_experts." in name
     group = model.groups.expt_tp if is_expert else model.groups.tp
-    if name in _VOCABULARY:
+    if is_vocabulary(name):
         missing = parameter.shape[0] * group.size() - whole.shape[0]
         if missing:
             whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
@@ -53,3 +58,8 @@ def local_slice(model: BlockDiffusionModel, name: str, parameter: Tensor, whole:
         gate, up = whole.chunk(2)
         return torch.cat([half.chunk(group.size())[group.rank()] for half in (gate, up)])
     return whole.chunk(group.size(), dim=parameter.partition_dim)[group.rank()]  # type: ignore[attr-defined]
+
+
+def is_vocabulary(name: str) -> bool:
+    """True for the tables with one row a token, which are padded."""
+    return name in (_EMBEDDING, _OUTPUT)

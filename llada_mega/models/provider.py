@@ -66,18 +66,22 @@ def build_model(
 def load_tensors(model: BlockDiffusionModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy whole tensors, under the names of a single-process ``state_dict``, into this rank's part of ``model``.
 
-    Tensors of other ranks are skipped. Vocabulary tensors may have fewer rows than the padded table (the rest becomes
-    zero).
+    Tensors that other pipeline stages or expert ranks hold are skipped. Vocabulary tensors may have fewer rows than the
+    padded table (the rest becomes zero).
 
     Raises:
-        CheckpointError: a tensor has the wrong shape, is unknown, or one of the model's is missing.
+        CheckpointError: a tensor has the wrong shape, is unknown (seen where one rank holds all layers and experts), or
+            one of the model's is missing.
     """
+    holds_all = model.pre_process and model.post_process and model.groups.ep.size() == 1
     state = model.state_dict(keep_vars=True)
     here = {whole: state[local] for local, whole in global_names(model).items()}
     missing = set(here)
     for name, whole in tensors:
         target = here.get(name)
         if target is None:
+            if holds_all:
+                raise CheckpointError(f"tensor {name} has no place in this model; check the model configuration")
             continue
         part = local_slice(model, name, target, whole)
         if part.shape != target.shape:

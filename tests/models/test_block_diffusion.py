@@ -130,3 +130,20 @@ def test_padding_rows_change_nothing() -> None:
         )
     assert torch.isfinite(actual).all()
     assert_close(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("make_config", [dense_config, moe_config])
+def test_bfloat16_is_close_to_float32(make_config) -> None:
+    """Parameters and hidden states in bfloat16, losses and logits in fp32."""
+    config = make_config(init_std=0.05)
+    ids, position, carrier, masked = bdlm_inputs(config, DOCUMENTS, 4)
+    rows = masked.nonzero()[:, 0]
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model(config, dtype=dtype)
+        out = model(ids, position, carrier, logit_rows_R=rows, labels_R=ids[0, LENGTH + rows])
+        out.loss_sum.backward()
+        assert out.loss_sum.dtype == torch.float32
+        assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters() if p.grad is not None}
+        losses[dtype] = out.cross_entropy_R
+    assert_close(losses[torch.bfloat16], losses[torch.float32], 0.02)

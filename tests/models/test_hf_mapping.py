@@ -98,3 +98,13 @@ def test_loading_pads_the_vocabulary_with_zeros_and_checks_shapes() -> None:
         load_tensors(target, hf_to_local(config, wrong.__getitem__))
     with pytest.raises(CheckpointError, match=r"tensors are missing, the first is decoder\.final_layernorm\.weight"):
         load_tensors(target, [(n, t) for n, t in hf_to_local(config, short.__getitem__) if "final" not in n])
+    with pytest.raises(CheckpointError, match=r"tensor mystery has no place in this model"):
+        load_tensors(target, [("mystery", torch.ones(1))])
+
+
+def test_the_last_stage_of_a_tied_model_loads_the_embedding_table() -> None:
+    config = dense_config(tie_embeddings=True)
+    source = build_model(config, seed=1)
+    last = build_model(config, seed=None, pre_process=False, post_process=True)
+    load_tensors(last, hf_to_local(config, dict(local_to_hf(config, source.state_dict())).__getitem__))
+    assert torch.equal(last.output_layer.weight, source.embedding.word_embeddings.weight)
