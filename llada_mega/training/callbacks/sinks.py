@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,7 +80,7 @@ class WandbSink(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         if trainer.writes_files:
-            self._id = self._id or self._wandb.util.generate_id()
+            self._id = self._id or uuid.uuid4().hex[:8]
             self._run = self._wandb.init(id=self._id, resume="allow", **self._arguments)
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
