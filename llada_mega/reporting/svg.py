@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from llada_mega.reporting.palette import SERIES_LIGHT
 
@@ -85,7 +86,9 @@ def new_figure(
     width: int, height: int, rows: int = 1, columns: int = 1, *, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure of ``width`` x ``height`` CSS pixels and its axes, row by row."""
-    figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), layout="constrained")
+    figure = Figure(
+        figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), layout=ConstrainedLayoutEngine(wspace=0.04)
+    )
     figure.patch.set_alpha(0)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     flat = [axis for row in axes for axis in row]
@@ -108,7 +111,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would reach the whole page
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = text.replace("xlink:href", "href")
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    text = re.sub(r'="[^"]*"', _two_decimals, text)  # a hundredth of a pixel is enough; text content stays
     text = re.sub(r"#0101([0-9a-f]{2})", lambda match: f"var(--{ROLES[int(match[1], 16)]})", text)
     text = re.sub(r"#0102([0-9a-f]{2})", lambda match: f"var(--series-{int(match[1], 16)})", text)
     # The page's font. Matplotlib writes the shorthand (older versions) or one property each.
@@ -123,6 +126,10 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     assert view_box is not None
     opening = f'<svg {view_box[0]} role="img" aria-label="{escape(label, quote=True)}">'
     return opening + text[head.end() :].rstrip()
+
+
+def _two_decimals(attribute: re.Match[str]) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0])
 
 
 def _page_font(match: re.Match[str]) -> str:

@@ -23,6 +23,7 @@ CORE_PLOTS = {
     "Throughput",
     "Mask ratio",
 }
+EN_SPACE = "\N{EN SPACE}"
 VALIDATION_PLOTS = {"Held-out denoising loss", "Held-out accuracy", "AR loss"}
 
 
@@ -71,6 +72,11 @@ def test_plots_use_the_pages_colours_and_font_only(whole: Page) -> None:
         drawing = plot[plot.index("<svg") : plot.index("</svg>")]
         assert "font-family" not in drawing
         assert "#0" not in drawing.replace("url(#", "").replace('href="#', "")
+
+
+def test_numbers_in_plots_keep_their_digits(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{**row, "mask_embedding_rms": 0.12345} for row in training_rows([8], 4)])
+    assert f"MASK row{EN_SPACE}0.123" in report(tmp_path).inside("text")
 
 
 def test_before_and_after(whole: Page) -> None:
