@@ -74,7 +74,13 @@ class WandbSink(Callback):
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()):
             raise ConfigError("logging.wandb_mode=online needs WANDB_API_KEY; set it or use logging.wandb_mode=offline")
         self._wandb = wandb
-        self._arguments = {"dir": str(run_dir), "config": config, "project": project, "mode": mode, "name": run_name}
+        self._arguments = {
+            "dir": str(run_dir),
+            "config": config,
+            "project": redact(project),
+            "mode": mode,
+            "name": redact(run_name),
+        }
         self._id: str | None = None
         self._run: Any = None
 
