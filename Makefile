@@ -62,6 +62,9 @@ format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/.installed
+	@$(BIN)/python kernels/bench.py
+
 docs: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py
 

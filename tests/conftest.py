@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), str(_ROOT / "kernels")])  # processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_variable, None)
-
-import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

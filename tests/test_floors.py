@@ -84,7 +84,9 @@ def upward_imports(source: str, module: str, is_package: bool = False) -> list[s
         if other == own or (own, other) in EXEMPT:
             continue
         if own not in FLOOR_OF or other not in FLOOR_OF:
-            problems.append(f"line {line}: {own if own not in FLOOR_OF else other} stands on no floor of {Path(__file__).name}")
+            problems.append(
+                f"line {line}: {own if own not in FLOOR_OF else other} stands on no floor of {Path(__file__).name}"
+            )
         elif FLOOR_OF[other] >= FLOOR_OF[own] or (own == "llada_kernels"):
             problems.append(f"line {line}: {own} must not import {target}")
     return list(dict.fromkeys(problems))
@@ -133,7 +135,10 @@ def unsafe_loading(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            if any(name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal") for name in names):
+            if any(
+                name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal")
+                for name in names
+            ):
                 problems.append(f"line {node.lineno}: pickle")
         if not isinstance(node, ast.Call):
             continue
@@ -145,7 +150,9 @@ def unsafe_loading(source: str) -> list[str]:
             problems.append(f"line {node.lineno}: weights_only must be True")
         if "trust_remote_code" in arguments and arguments["trust_remote_code"] != "False":
             problems.append(f"line {node.lineno}: trust_remote_code")
-        if arguments.get("allow_pickle", "False") != "False" or name in ("np.load", "numpy.load") and "allow_pickle" not in arguments:
+        if arguments.get("allow_pickle", "False") != "False" or (
+            name in ("np.load", "numpy.load") and "allow_pickle" not in arguments
+        ):
             problems.append(f"line {node.lineno}: numpy files need allow_pickle=False")
         if name == "torch.save":
             problems.append(f"line {node.lineno}: torch.save writes a pickle; use safetensors")

@@ -8,7 +8,7 @@ from typing import Optional
 
 @dataclass
 class MoEConfig:
-    """Mixture of experts of the Ling 2.0 / LLaDA2 kind (SPEC section 8).
+    """Mixture of experts of the Ling 2.0 / LLaDA2 kind (LLaDA2.0 report, arXiv 2512.15745).
 
     ``top_k`` experts of ``group_top_k`` groups are chosen by sigmoid score plus expert bias; their weights are the
     unbiased scores, normalised and multiplied by ``routed_scaling_factor``.

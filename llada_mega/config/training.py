@@ -10,7 +10,7 @@ from llada_mega.config.data import Corpus
 
 @dataclass
 class ObjectiveConfig:
-    """Corruption and loss weighting (SPEC section 2). ``t`` is the mask level in (0, 1]."""
+    """Corruption and loss weighting (LLaDA2.0 report, eq. 1). ``t`` is the mask level in (0, 1]."""
 
     weighting: str = "elbo"  # elbo | uniform
     schedule: str = "linear"  # linear | cosine
@@ -40,7 +40,7 @@ class EmbeddingNoiseConfig:
 
 @dataclass
 class StageConfig:
-    """One stage of the curriculum (contract 6). ``tokens`` are data tokens; the layout follows from ``block_size``."""
+    """One stage of the curriculum. ``tokens`` are data tokens; the layout follows from ``block_size``."""
 
     name: str = "stage"
     block_size: int = 32
@@ -85,7 +85,7 @@ class StabilityConfig:
 
 @dataclass
 class ValidationConfig:
-    """Held-out losses during training (SPEC section 2, evaluation always on t in (0, 1])."""
+    """Held-out losses during training; evaluation is always on t in (0, 1], where the NLL bound of eq. (1) holds."""
 
     every: int = 0  # steps; 0: never
     windows: int = 64

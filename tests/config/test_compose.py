@@ -64,7 +64,7 @@ def test_a_single_value_stands_for_a_list_of_one() -> None:
     [
         "plain",
         "Hello, world! 1 + 1 = 2 (yes) [no] {x: y}",
-        "it's \"quoted\" and C:\\path\\",
+        'it\'s "quoted" and C:\\path\\',
         "back\\'slash quote",
         "a=b,c=d",
         "  spaces  kept  ",
@@ -129,7 +129,10 @@ MISTAKES = [
     (["logging.wandb=maybe"], "logging.wandb='maybe' has the wrong type; expected true or false"),
     (["seed=null"], "seed=null is not allowed; expected integer"),
     (["seed=[1,2]"], "seed=[1, 2] has the wrong type; expected integer"),
-    (["trainer.validation.block_sizes=[a]"], "trainer.validation.block_sizes.0='a' has the wrong type; expected integer"),
+    (
+        ["trainer.validation.block_sizes=[a]"],
+        "trainer.validation.block_sizes.0='a' has the wrong type; expected integer",
+    ),
     (["data.train=[{pat: x}]"], "data.train[].pat is not a key; did you mean data.train[].path?"),
     (["data.train=[{path: x, weight: a}]"], "data.train[].weight='a' has the wrong type; expected number"),
     (["model=ling_min"], "model=ling_min is not a choice; did you mean ling_mini? There are: "),
@@ -161,7 +164,11 @@ def test_every_mistake_is_one_line_with_a_way_out(overrides: list[str], message:
     ("file", "content", "message"),
     [
         ("model/own.yaml", "num_layer: 3\n", "model.num_layer is not a key (in configs/model/own.yaml); did you mean"),
-        ("model/own.yaml", "num_layers: three\n", "model.num_layers='three' (in configs/model/own.yaml) has the wrong type"),
+        (
+            "model/own.yaml",
+            "num_layers: three\n",
+            "model.num_layers='three' (in configs/model/own.yaml) has the wrong type",
+        ),
         ("model/own.yaml", "moe: {num_expert: 3}\n", "did you mean model.moe.num_experts?"),
         ("model/own.yaml", "moe: [3\n", "own.yaml line "),
         ("curriculum/own.yaml", "stages: [{name: a, block: 4}]\n", "curriculum.stages[].block is not a key"),
@@ -184,7 +191,9 @@ def test_a_missing_value_says_which_key() -> None:
 
 
 def test_sweeps_are_hydras_own() -> None:
-    jobs = expand_sweep(Config, ["seed=1,2", "optimizer.lr=choice(1e-4,1e-5)", "run.name=a", "trainer.log_every=range(1,3)"])
+    jobs = expand_sweep(
+        Config, ["seed=1,2", "optimizer.lr=choice(1e-4,1e-5)", "run.name=a", "trainer.log_every=range(1,3)"]
+    )
     assert len(jobs) == 8
     assert jobs[0] == ["seed=1", "optimizer.lr=0.0001", "run.name=a", "trainer.log_every=1"]
     assert jobs[-1] == ["seed=2", "optimizer.lr=1e-05", "run.name=a", "trainer.log_every=2"]

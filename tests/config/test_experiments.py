@@ -62,7 +62,9 @@ def test_parameter_counts_are_the_published_ones(
 
 def test_dense_counts() -> None:
     smollm = model("smollm2_135m")
-    assert total_parameters(smollm) == active_parameters(smollm) == 134_515_008 + smollm.hidden_size  # MASK is one row more
+    assert (
+        total_parameters(smollm) == active_parameters(smollm) == 134_515_008 + smollm.hidden_size
+    )  # MASK is one row more
     assert embedding_parameters(smollm) == 49153 * 576
 
 

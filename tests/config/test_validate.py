@@ -22,7 +22,10 @@ CONTRADICTIONS = [
     ([*VALID, "seed=-1"], "seed=-1 is out of range"),
     ([*VALID, "launch.nproc=0"], "launch.nproc=0 is too small; use 1 or more"),
     # model
-    ([*VALID, "model.architecture=gpt"], "model.architecture=gpt is not a choice; use llama, qwen2, qwen3 or llada2_moe"),
+    (
+        [*VALID, "model.architecture=gpt"],
+        "model.architecture=gpt is not a choice; use llama, qwen2, qwen3 or llada2_moe",
+    ),
     ([*VALID, "model.attention_backend=flash"], "model.attention_backend=flash is not a choice; use auto, "),
     ([*VALID, "model.implementation=jax"], "model.implementation=jax is not a choice; use auto, local or te"),
     ([*VALID, "model.num_layers=0"], "model.num_layers=0 is too small; use 1 or more"),
@@ -160,7 +163,11 @@ def test_what_the_contradictions_start_from_is_valid() -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
-        ([*MINI, "parallel.ep=1", "parallel.cp=2"], 3, "parallel.tp=1 x pp=1 x cp=2 = 2 does not divide the 3 processes"),
+        (
+            [*MINI, "parallel.ep=1", "parallel.cp=2"],
+            3,
+            "parallel.tp=1 x pp=1 x cp=2 = 2 does not divide the 3 processes",
+        ),
         (MINI, 4, "parallel.etp=1 x ep=8 x pp=1 = 8 does not divide the 4 processes"),
         ([*VALID, "trainer.global_batch_size=6"], 4, "x 4 data-parallel ranks; use a multiple of 4"),
         ([*VALID, "trainer.micro_batch_size=2"], 8, "trainer.micro_batch_size=2 x 8 data-parallel ranks"),
