@@ -202,6 +202,7 @@ def _tokenizer_files(fields: _Fields) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # else transformers 4 adds token_type_ids
         "model_max_length": fields.require("llama.context_length"),
         **special,
     }

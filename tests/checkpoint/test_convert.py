@@ -66,6 +66,18 @@ def test_every_form_of_a_model_gives_the_logits_of_transformers(tmp_path: Path, 
         torch.testing.assert_close(exported(token_ids).logits[..., :300], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_bfloat16_models_give_float32_logits(tmp_path: Path) -> None:
+    theirs = save_model(tmp_path / "in")
+    token_ids = torch.arange(40)[None]
+    model = llada_mega.load_model(tmp_path / "in", dtype="bfloat16")
+    assert next(model.model.parameters()).dtype == torch.bfloat16
+    logits = model.logits(token_ids, layout="ar")
+    with torch.no_grad():
+        expected = theirs(token_ids).logits
+    assert logits.dtype == torch.float32
+    assert 1e-4 < float((logits - expected).abs().max() / expected.abs().max()) < 0.1
+
+
 def test_dtype_can_be_chosen(tmp_path: Path) -> None:
     save_model(tmp_path / "in")
     import_model(tmp_path / "in", tmp_path / "checkpoint", dtype="bfloat16")

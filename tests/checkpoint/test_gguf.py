@@ -166,6 +166,7 @@ def test_tokenizer_splits_digits_and_keeps_special_tokens_whole(tmp_path: Path) 
     write_tokenizer(source, tmp_path / "tokenizer")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert (theirs.bos_token, theirs.eos_token, theirs.mask_token) == ("<|im_start|>", "<|im_end|>", "<|mask|>")
+    assert set(theirs("in")) == {"input_ids", "attention_mask"}
     chat = theirs.apply_chat_template([{"role": "user", "content": "in"}], tokenize=False)
     assert chat == "<|im_start|>in<|im_end|>"
     assert json.loads(source.tokenizer_files["tokenizer_config.json"])["add_bos_token"] is False
