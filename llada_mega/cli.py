@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,8 @@ class Invocation:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status; never raises for what a user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Megatron-Core warns at import of what is optional and not installed, half a page of it.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed", category=UserWarning)
     try:
         return _main(arguments)
     except LladaMegaError as error:

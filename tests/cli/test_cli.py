@@ -13,7 +13,6 @@ import yaml
 from llada_mega.cli import main
 from llada_mega.commands import COMMANDS, train
 from llada_mega.commands.base import Command
-from llada_mega.commands.processes import start_processes
 from llada_mega.config.reference import walk
 from llada_mega.config.schema import Config
 
@@ -214,13 +213,6 @@ def test_multirun_and_torchrun_do_not_mix(run: Run, monkeypatch: pytest.MonkeyPa
     status, _, err = run("train", "--multirun", "seed=1,2")
     assert status == 2
     assert "cannot run under torchrun" in err
-
-
-def test_ranks_start_together_and_one_speaks_for_all(capfd: pytest.CaptureFixture[str]) -> None:
-    assert start_processes(2, ["mask", "documents=[4]"]) == 0
-    capfd.readouterr()
-    assert start_processes(2, ["report", "nowhere"]) == 2
-    assert capfd.readouterr().err.count("nowhere") <= 2  # one line, which may name the path twice
 
 
 def test_the_module_and_the_cli_module_run() -> None:
