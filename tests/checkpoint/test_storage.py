@@ -34,7 +34,9 @@ def test_any_layout_in_any_layout_out(
     for wanted in shards_of(whole, axis_out, parts_out):
         expected = wanted["w"].data
         blank = ShardedTensor.from_rank_offsets(
-            "w", torch.full_like(expected, -1.0), *[(axis_out, wanted["w"].global_offset[axis_out] // expected.shape[axis_out], parts_out)]
+            "w",
+            torch.full_like(expected, -1.0),
+            *[(axis_out, wanted["w"].global_offset[axis_out] // expected.shape[axis_out], parts_out)],
         )
         assert torch.equal(storage.load(tmp_path, {"w": blank})["w"], expected)
 
