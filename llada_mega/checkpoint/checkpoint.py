@@ -18,12 +18,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron.core.transformer.module import MegatronModule
 
 from llada_mega.checkpoint import storage
 from llada_mega.config.model import ModelConfig, MoEConfig
@@ -93,12 +92,14 @@ class CheckpointWrite:
             write_json(self.partial / STATE_FILE, state)
             if tokenizer_dir is not None:
                 copy_tokenizer(tokenizer_dir, self.partial / TOKENIZER_DIRECTORY)
-            small = [path for path in sorted(self.partial.rglob("*")) if path.is_file() and path.suffix != ".safetensors"]
-            files = {str(path.relative_to(self.partial)): storage.sha256(path) for path in small}
+            small = [path for path in self.partial.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+            files = {str(path.relative_to(self.partial)): storage.sha256(path) for path in sorted(small)}
             write_json(self.partial / MARKER, {"format": FORMAT, "ranks": self.world_size, "files": files})
-            if self.directory.exists():
-                shutil.rmtree(self.directory)
-            os.replace(self.partial, self.directory)
+            replaced = self.directory.with_name(f".{self.directory.name}.replaced")
+            if self.directory.exists():  # moved, not removed, until the new one has the name
+                self.directory.replace(replaced)
+            self.partial.replace(self.directory)
+            shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             self.abandon()
             raise CheckpointError(f"checkpoint {self.directory} was not written: {error.strerror or error}") from error
@@ -145,7 +146,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON in one atomic step."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_json(path: Path) -> Any:
@@ -245,12 +246,12 @@ def tokenizer_directory(directory: Path) -> Path | None:
     return path if (path / "tokenizer.json").is_file() else None
 
 
-def load_model_weights(directory: Path, model: torch.nn.Module) -> None:
+def load_model_weights(directory: Path, model: MegatronModule) -> None:
     """Load the weights of any layout into a bare model (not its optimizer). Raises CheckpointError."""
     loaded = storage.load(directory, model_state(model))
     model.load_state_dict(loaded["model"], strict=True)
 
 
-def model_state(model: torch.nn.Module) -> dict[str, Any]:
+def model_state(model: MegatronModule) -> dict[str, Any]:
     """The sharded state that holds a bare model's weights; their keys are those of Megatron's TE layer spec."""
     return {"model": model.sharded_state_dict(prefix="")}

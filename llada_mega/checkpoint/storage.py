@@ -6,8 +6,8 @@ Every rank writes ``tensors/rank_00000.safetensors`` with the shards it owns (Me
     {"bytes": 123, "sha256": "...", "tensors": {"key": {"dtype": "float32", "global_shape": [V, H],
      "shards": [{"name": "key@0.0", "offset": [0, 0], "shape": [v, H]}]}}}
 
-A loader reads all indexes and copies, for every tensor that it wants, the parts of those shards that overlap it. Tensors
-are described by Megatron-Core's ``ShardedTensor`` (``megatron.core.dist_checkpointing.mapping``).
+A loader reads all indexes and copies, for every tensor that it wants, the parts of those shards that overlap it.
+Tensors are described by Megatron-Core's ``ShardedTensor`` (``megatron.core.dist_checkpointing.mapping``).
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def write(directory: Path, rank: int, tensors: Snapshot, index: dict[str, Any]) 
         save_file(tensors, data_path)
     except SafetensorError as error:  # the Rust writer reports a full disk this way
         raise OSError(f"{data_path}: {error}") from error
+    data_path.chmod(index_path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
     content = {"bytes": data_path.stat().st_size, "sha256": sha256(data_path), "tensors": index}
     index_path.write_text(json.dumps(content) + "\n")
     return [data_path, index_path]
@@ -170,10 +171,7 @@ class ShardReader:
         covered = 0
         for shard in entry.shards:
             low = [max(a, b) for a, b in zip(offset, shard.offset, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(offset, shape, shard.offset, shard.shape, strict=True)
-            ]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, shard.offset, shard.shape, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, shard.offset, strict=True))

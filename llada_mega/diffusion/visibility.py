@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 import torch
 from llada_kernels import IntervalMask
 from torch import Tensor

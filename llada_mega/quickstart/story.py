@@ -95,9 +95,7 @@ def main(config: Config, console: Console | None = None) -> int:
         exported = export_model(
             checkpoint, quickstart.run_dir / "hf", block_size=config.curriculum.stages[-1].block_size, overwrite=True
         )
-    summary = write_summary(
-        quickstart, before, after, checkpoint, exported, train_seconds, time.perf_counter() - began
-    )
+    summary = write_summary(quickstart, before, after, checkpoint, exported, train_seconds, time.perf_counter() - began)
     write_report(quickstart.run_dir)
     say_goodbye(quickstart, summary)
     return 0
@@ -114,7 +112,7 @@ def start_over_if_finished(quickstart: Quickstart) -> None:
 
 
 def prepare_model(quickstart: Quickstart) -> None:
-    """Download SmolLM2, give it a MASK token and write it as a checkpoint; only its tokenizer for a model from scratch."""
+    """SmolLM2 with a MASK token as a checkpoint; only its tokenizer when the model is trained from scratch."""
     quickstart.heading("Model")
     config, tokenizer = quickstart.config, Path(quickstart.config.data.tokenizer or quickstart.run_dir / "tokenizer")
     wanted = config.trainer.init is None or is_complete(Path(config.trainer.init))
@@ -245,12 +243,13 @@ def say_goodbye(quickstart: Quickstart, summary: dict[str, Any]) -> None:
     print_ = quickstart.console.print
     paths, run_dir = summary["paths"], quickstart.run_dir
     minutes = summary["total_seconds"] / 60
-    print_(f"{minutes:.1f} minutes, {summary['train_seconds']:.0f} s of them training; {summary['peak_memory_gib']:.1f} GiB")
+    training, memory = summary["train_seconds"], summary["peak_memory_gib"]
+    print_(f"{minutes:.1f} minutes, {training:.0f} s of them training; {memory:.1f} GiB of memory at most")
     print_(f"report      {paths['report']}")
     print_(f"checkpoint  {paths['checkpoint']}")
     if paths["hf"]:
         print_(f"exported    {paths['hf']}  (transformers loads it)")
     print_("\nnext:")
     print_(f'  llada-mega generate checkpoint={run_dir} prompt="A list comprehension" block_size=8 show_steps=true')
-    print_(f"  llada-mega train experiment=quickstart run.name=longer trainer.init={paths['checkpoint']} optimizer.lr=5e-5")
+    print_(f"  llada-mega eval checkpoint={run_dir} data={quickstart.config.data.valid[0].path} block_sizes=[1,8,32]")
     print_("  llada-mega train --help")

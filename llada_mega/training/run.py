@@ -32,7 +32,6 @@ from llada_mega.training.callbacks.sinks import JsonlSink, TensorBoardSink, Wand
 from llada_mega.training.callbacks.stability import StabilityCallback
 from llada_mega.training.callbacks.validation import ValidationCallback
 from llada_mega.training.data import TrainingData
-from llada_mega.training.mask_embedding import embedding_rms
 from llada_mega.training.optimizer import build_optimizer, wrap_data_parallel
 from llada_mega.training.redaction import redact
 from llada_mega.training.resume import check_contract, find_resume_point, first_difference, restore
@@ -78,7 +77,7 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
             state = restore(step, resume_from, saved, callbacks)
             logger.info(f"resumed from {resume_from} at step {state.step}")
         else:
-            state = TrainState(embedding_rms=embedding_rms(step.bare_model))
+            state = TrainState(embedding_rms=step.bare_model.embedding.table_rms(config.model.vocab_size))
         trainer = Trainer(
             config=config,
             step=step,
@@ -151,7 +150,7 @@ def build_step(config: Config, groups: ParallelGroups, init_from: Path | None, *
 def build_callbacks(
     config: Config, run_dir: Path, data: TrainingData, console: Console, writes_files: bool
 ) -> list[Callback]:
-    """Features in the order of their hooks: rows before sinks' state, validation before the checkpoint that keeps it."""
+    """Features in the order of their hooks: validation comes before the checkpoint that stores its result."""
     callbacks: list[Callback] = [MetricsCallback(), StabilityCallback(config.trainer.stability)]
     if config.trainer.validation.every:
         callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples, config.seed))

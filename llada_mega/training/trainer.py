@@ -10,7 +10,7 @@ from llada_mega.config.schema import Config
 from llada_mega.data.batch import Batch
 from llada_mega.diffusion.curriculum import Curriculum, ResolvedStage
 from llada_mega.training.callback import Callback
-from llada_mega.training.state import TrainState
+from llada_mega.training.state import StepMeasurement, TrainState
 from llada_mega.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Trainer:
                     next(self.batches),
                     learning_rate=self.curriculum.learning_rate(self.state.consumed_samples),
                     embedding_noise_std=self.embedding_noise_std(),
-                    accept=lambda m: all([c.accept_step(self, m) for c in self.callbacks]),
+                    accept=self._accept,
                 )
                 self.state.step += 1
                 self.state.consumed_samples += self.config.trainer.global_batch_size
@@ -80,6 +80,12 @@ class Trainer:
         """Standard deviation of the noise on MASK embeddings at the next step."""
         return self.curriculum.embedding_noise_std(self.state.consumed_samples, self.state.embedding_rms)
 
+    def mask_embedding_rms(self) -> float:
+        """RMS of the MASK token's embedding, which decides whether a conversion is stable (arXiv 2512.15745)."""
+        token_id = self.config.model.mask_token_id
+        assert token_id is not None  # checked when the data was opened
+        return self.step.bare_model.embedding.row_rms(token_id)
+
     def log(self, row: dict[str, Any]) -> None:
         """Hand a row of metrics to every sink."""
         self._call("on_log", row)
@@ -93,6 +99,10 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """End the run after this step, in order."""
         self.stop_reason = reason
+
+    def _accept(self, measured: StepMeasurement) -> bool:
+        verdicts = [callback.accept_step(self, measured) for callback in self.callbacks]  # every callback is asked
+        return all(verdicts)
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:

@@ -18,15 +18,30 @@ from llada_mega.parallel import destroy
 from llada_mega.quickstart import story
 from tests.checkpoint.tiny import save_model
 
-TINY_LLAMA = (
-    "model.num_layers=2 model.hidden_size=48 model.num_attention_heads=6 model.num_query_groups=2 model.head_dim=8 "
-    "model.ffn_hidden_size=80 model.vocab_size=301 model.mask_token_id=300 model.max_position_embeddings=256 "
-    "model.rope_theta=5000.0 model.norm_eps=1e-5 model.bos_token_id=1 model.eos_token_id=2 model.pad_token_id=2"
-).split()
-TINY_MOE = (
-    "model.num_layers=2 model.hidden_size=48 model.num_attention_heads=6 model.head_dim=8 model.vocab_size=301 "
-    "model.mask_token_id=300"
-).split()
+TINY_LLAMA = [
+    "model.num_layers=2",
+    "model.hidden_size=48",
+    "model.num_attention_heads=6",
+    "model.num_query_groups=2",
+    "model.head_dim=8",
+    "model.ffn_hidden_size=80",
+    "model.vocab_size=301",
+    "model.mask_token_id=300",
+    "model.max_position_embeddings=256",
+    "model.rope_theta=5000.0",
+    "model.norm_eps=1e-5",
+    "model.bos_token_id=1",
+    "model.eos_token_id=2",
+    "model.pad_token_id=2",
+]
+TINY_MOE = [
+    "model.num_layers=2",
+    "model.hidden_size=48",
+    "model.num_attention_heads=6",
+    "model.head_dim=8",
+    "model.vocab_size=301",
+    "model.mask_token_id=300",
+]
 
 
 @pytest.fixture
@@ -98,10 +113,9 @@ def test_a_second_run_starts_over_and_reuses_the_model(tell, tmp_path: Path, mon
 
 
 def test_an_interrupted_run_is_resumed(tell, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="power"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(story, "resolve_checkpoint", _power_cut)
-            tell("quickstart", *TINY_LLAMA, "trainer.max_steps=2")
+    with pytest.raises(RuntimeError, match="power"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story, "resolve_checkpoint", _power_cut)
+        tell("quickstart", *TINY_LLAMA, "trainer.max_steps=2")
     destroy()
     tell("quickstart", *TINY_LLAMA)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def names(run_dir: Path) -> list[str]:
 def test_the_newest_are_kept_and_latest_points_to_one(train: Train, tmp_path: Path) -> None:
     train("run", "checkpoint.every=2", "checkpoint.keep_last=2")
     assert names(tmp_path / "run") == ["step_00000008", "step_00000010"]
-    assert os.readlink(tmp_path / "run" / "checkpoints" / "latest") == "step_00000010"
+    assert (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step_00000010")
     assert resolve_checkpoint(tmp_path / "run").name == "step_00000010"
     assert resolve_checkpoint(tmp_path / "run" / "checkpoints" / "latest").name == "step_00000010"
 

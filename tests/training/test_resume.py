@@ -81,9 +81,7 @@ def test_silent_changes_are_refused(train: Train, tmp_path: Path, override: str,
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == [checkpoint]
 
 
-def test_a_moved_corpus_and_another_worker_count_resume(
-    train: Train, tmp_path: Path, corpus: Path
-) -> None:
+def test_a_moved_corpus_and_another_worker_count_resume(train: Train, tmp_path: Path, corpus: Path) -> None:
     train("run", "trainer.max_steps=2")
     moved = tmp_path / "elsewhere"
     moved.mkdir()

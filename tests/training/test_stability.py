@@ -75,9 +75,7 @@ def test_skip_leaves_the_weights_and_goes_on(train_poisoned: Callable[..., None]
 
 def test_too_many_skips_stop(train_poisoned: Callable[..., None]) -> None:
     with pytest.raises(TrainingError, match="3 steps in a row"):
-        train_poisoned(
-            "run", {3, 4, 5}, "trainer.stability.nonfinite=skip", "trainer.stability.max_skipped=2"
-        )
+        train_poisoned("run", {3, 4, 5}, "trainer.stability.nonfinite=skip", "trainer.stability.max_skipped=2")
 
 
 def test_warn_goes_on(train_poisoned: Callable[..., None], tmp_path: Path) -> None:
@@ -93,6 +91,9 @@ class FakeTrainer:
         self.warnings: list[str] = []
         self.state = type("State", (), {"step": 0, "consumed_samples": 0, "embedding_rms": 0.0})()
 
+    def mask_embedding_rms(self) -> float:
+        return 1.0
+
     def warn(self, message: str) -> None:
         self.warnings.append(message)
 
@@ -101,9 +102,8 @@ def measured(ce: float) -> StepMeasurement:
     return StepMeasurement(ce, ce, 0.0, 1, 1, 1, 1.0)
 
 
-def test_spikes_are_judged_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spikes_are_judged_by_the_median() -> None:
     callback = StabilityCallback(StabilityConfig(spike="skip", spike_factor=2.0, spike_window=4))
-    monkeypatch.setattr(callback, "_mask_rms", lambda trainer: 1.0)
     trainer = FakeTrainer()
     accepted = [callback.accept_step(trainer, measured(ce)) for ce in (9.0, 4.0, 4.0, 4.0, 7.9, 8.1, 4.0)]
     # 9.0 comes before the window is half full; the median is 4 when 7.9 and 8.1 come, twice that is the limit
@@ -111,11 +111,9 @@ def test_spikes_are_judged_by_the_median(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(trainer.warnings) == 1 and "8.1" in trainer.warnings[0]
 
 
-def test_state_survives_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_survives_json() -> None:
     config = StabilityConfig(spike="skip", spike_factor=2.0, spike_window=4)
     first, second = StabilityCallback(config), StabilityCallback(config)
-    for callback in (first, second):
-        monkeypatch.setattr(callback, "_mask_rms", lambda trainer: 1.0)
     for ce in (4.0, 4.0, 4.0):
         first.accept_step(FakeTrainer(), measured(ce))
     second.load_state_dict(first.state_dict())
@@ -141,9 +139,7 @@ def test_a_zero_mask_embedding_is_named(configure: Configure, monkeypatch: pytes
     assert all(row["grad_norm"] < 1e4 for row in read_rows(tmp_path / "with").values())
 
 
-def test_noise_that_ends_too_early_warns(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_noise_that_ends_too_early_warns(configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def build_with_small_mask(*args: object, **kwargs: object) -> object:
         step = build_step(*args, **kwargs)
         step.bare_model.embedding.word_embeddings.weight.data[256].mul_(1e-4)

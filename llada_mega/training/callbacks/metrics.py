@@ -9,7 +9,6 @@ import psutil
 import torch
 
 from llada_mega.training.callback import Callback
-from llada_mega.training.mask_embedding import embedding_rms
 from llada_mega.training.state import StepMeasurement
 from llada_mega.training.trainer import Trainer
 
@@ -56,7 +55,7 @@ class MetricsCallback(Callback):
             "grad_norm": measured.grad_norm,
             "lr": trainer.curriculum.learning_rate(consumed),
             "embedding_noise_std": trainer.curriculum.embedding_noise_std(consumed, trainer.state.embedding_rms),
-            "mask_embedding_rms": embedding_rms(trainer.step.bare_model, trainer.config.model.mask_token_id),
+            "mask_embedding_rms": trainer.mask_embedding_rms(),
             "ce_by_noise": measured.ce_by_noise,
             "applied": applied,
             "tokens_per_s": self._tokens / seconds,

@@ -74,7 +74,7 @@ class WandbSink(Callback):
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()):
             raise ConfigError("logging.wandb_mode=online needs WANDB_API_KEY; set it or use logging.wandb_mode=offline")
         self._wandb = wandb
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "dir": str(run_dir),
             "config": config,
             "project": redact(project),

@@ -10,7 +10,6 @@ from typing import Any
 from llada_mega.config.training import StabilityConfig
 from llada_mega.errors import TrainingError
 from llada_mega.training.callback import Callback
-from llada_mega.training.mask_embedding import embedding_rms
 from llada_mega.training.state import StepMeasurement
 from llada_mega.training.trainer import Trainer
 
@@ -40,11 +39,12 @@ class StabilityCallback(Callback):
 
     def on_step_begin(self, trainer: Trainer) -> None:
         noise = trainer.embedding_noise_std()
-        rms, floor = self._mask_rms(trainer), SMALL_MASK_EMBEDDING * trainer.state.embedding_rms
+        rms, floor = trainer.mask_embedding_rms(), SMALL_MASK_EMBEDDING * trainer.state.embedding_rms
         if self._noise_was_on and noise == 0.0 and rms < floor:
             trainer.warn(
-                f"the embedding noise ends while the MASK embedding is still small (RMS {rms:.2g}, a tenth of the table's "
-                f"is {floor:.2g}); gradients may explode: lengthen curriculum.stages[*].embedding_noise.decay_tokens",
+                f"the embedding noise ends while the MASK embedding is still small (RMS {rms:.2g}, a tenth of the "
+                f"table's is {floor:.2g}); gradients may explode: lengthen "
+                "curriculum.stages[*].embedding_noise.decay_tokens",
             )
         self._noise_was_on = noise > 0.0
 
@@ -68,7 +68,7 @@ class StabilityCallback(Callback):
     def _judge(self, trainer: Trainer, measured: StepMeasurement) -> tuple[str | None, str]:
         if not (math.isfinite(measured.loss) and math.isfinite(measured.grad_norm)):
             text = f"loss {measured.loss:.4g}, gradient norm {measured.grad_norm:.4g} are not finite"
-            if self._mask_rms(trainer) < SMALL_MASK_EMBEDDING * trainer.state.embedding_rms:
+            if trainer.mask_embedding_rms() < SMALL_MASK_EMBEDDING * trainer.state.embedding_rms:
                 text += (
                     "; the MASK embedding is almost zero, which makes this happen:"
                     " set curriculum.stages[0].embedding_noise.decay_tokens"
@@ -76,16 +76,10 @@ class StabilityCallback(Callback):
             return text, self.config.nonfinite
         if len(self._history) * 2 >= self.config.spike_window:
             median = statistics.median(self._history)
-            if measured.ce_masked > self.config.spike_factor * median:
-                return (
-                    f"cross entropy {measured.ce_masked:.3g} is above {self.config.spike_factor:g} x the median {median:.3g}",
-                    self.config.spike,
-                )
+            ce, factor = measured.ce_masked, self.config.spike_factor
+            if ce > factor * median:
+                return f"cross entropy {ce:.3g} is above {factor:g} x the median {median:.3g}", self.config.spike
         return None, ""
-
-    @staticmethod
-    def _mask_rms(trainer: Trainer) -> float:
-        return embedding_rms(trainer.step.bare_model, trainer.config.model.mask_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": list(self._history), "skipped": self._skipped, "noise_was_on": self._noise_was_on}
