@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_groups_left() -> Iterator[None]:
+    """Test files do not inherit each other's process groups."""
+    yield
+    groups = sys.modules.get("llada_mega.parallel.groups")
+    if groups is not None:
+        groups.destroy()
