@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,12 +35,3 @@ def no_process_groups_left() -> Iterator[None]:
     groups = sys.modules.get("llada_mega.parallel.groups")
     if groups is not None:
         groups.destroy()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_process_groups_left() -> Iterator[None]:
-    """Each file starts without process groups: a model that one built would otherwise be in the way of the next."""
-    yield
-    parallel = sys.modules.get("llada_mega.parallel")  # not imported: nothing to undo
-    if parallel is not None:
-        parallel.destroy()
