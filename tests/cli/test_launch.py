@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,12 @@ def test_two_processes_train_as_one(
 def test_ranks_that_fail_alike_say_it_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert start_processes(2, ["report", str(tmp_path / "nowhere")]) == 2
     assert capfd.readouterr().err.count("error") == 1
+
+
+def test_the_rank_that_failed_alone_is_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import os, sys, time; sys.exit('rank 1 is ill') if os.environ['RANK'] == '1' else time.sleep(60)"
+    assert start_processes(2, [], command=[sys.executable, "-c", code]) == 1
+    assert "rank 1 is ill" in capfd.readouterr().err
 
 
 def test_ranks_that_end_well_return_zero(capfd: pytest.CaptureFixture[str]) -> None:
