@@ -39,7 +39,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     _check_curriculum(config)
     _check_optimizer(config)
     _check_trainer(config, world_size)
-    _check_validation(config)
+    _check_validation(config, world_size)
     _check_checkpoint(config)
     _one_of("logging.wandb_mode", config.logging.wandb_mode, ("offline", "online"))
 
@@ -386,7 +386,7 @@ def _check_trainer(config: Config, world_size: int | None) -> None:
     _at_least(0, trainer__stability__max_skipped=stability.max_skipped)
 
 
-def _check_validation(config: Config) -> None:
+def _check_validation(config: Config, world_size: int | None) -> None:
     validation, data = config.trainer.validation, config.data
     _at_least(0, trainer__validation__every=validation.every)
     _at_least(
@@ -397,6 +397,14 @@ def _check_validation(config: Config) -> None:
     )
     if validation.every == 0:
         return
+    if world_size is not None:
+        parallel = config.parallel
+        ranks = world_size // (parallel.tp * parallel.pp * parallel.cp)
+        _require(
+            validation.windows % ranks == 0,
+            f"trainer.validation.windows={validation.windows} do not split over {ranks} data-parallel ranks; "
+            f"use a multiple of {ranks}",
+        )
     _require(bool(validation.block_sizes), "trainer.validation.block_sizes is empty; give at least one, or set every=0")
     for index, block_size in enumerate(validation.block_sizes):
         _check_block_size(f"trainer.validation.block_sizes.{index}", block_size, config)

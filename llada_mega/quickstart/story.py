@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from llada_mega.training.run import run_training
 BLOCK_SIZES = (1, 8)
 WINDOWS = 64
 PROMPT = "The for statement is used to iterate over"
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 SUMMARY = "summary.json"
 KEPT_FROM_AN_EARLIER_RUN = ("data", "tokenizer", "initial")
 
@@ -68,7 +69,7 @@ def main(config: Config, console: Console | None = None) -> int:
 
     An interrupted run is resumed; a finished one starts over, reusing its model, tokenizer and data.
     """
-    quickstart = Quickstart(config, console or Console(highlight=False))
+    quickstart = Quickstart(config, console or Console(highlight=False, soft_wrap=True))
     began = time.perf_counter()
     start_over_if_finished(quickstart)
     prepare_model(quickstart)
@@ -191,7 +192,8 @@ def generate(quickstart: Quickstart, model: LoadedModel) -> None:
             model.tokenizer.encode(PROMPT), NEW_TOKENS, block_size=block_size, steps=block_size, on_step=printer
         )
     text = model.tokenizer.decode(out.token_ids, skip_special_tokens=True)
-    quickstart.console.print(f"[bold]{PROMPT}[/bold]{text}", markup=True)
+    quickstart.console.print("\n" + PROMPT, style="bold", end="")
+    quickstart.console.print(text.rstrip(), markup=False)
     write_sample(
         quickstart.run_dir,
         prompt=PROMPT,
@@ -229,7 +231,7 @@ def write_summary(
         "paths": {
             "run": str(run_dir.resolve()),
             "report": str((run_dir / "report.html").resolve()),
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoint.resolve()),
             "hf": str(exported.resolve()) if exported is not None else None,
         },
     }
@@ -249,7 +251,8 @@ def say_goodbye(quickstart: Quickstart, summary: dict[str, Any]) -> None:
     print_(f"checkpoint  {paths['checkpoint']}")
     if paths["hf"]:
         print_(f"exported    {paths['hf']}  (transformers loads it)")
+    program = sys.argv[0] if Path(sys.argv[0]).name == "llada-mega" else "python -m llada_mega"
     print_("\nnext:")
-    print_(f'  llada-mega generate checkpoint={run_dir} prompt="A list comprehension" block_size=8 show_steps=true')
-    print_(f"  llada-mega eval checkpoint={run_dir} data={quickstart.config.data.valid[0].path} block_sizes=[1,8,32]")
-    print_("  llada-mega train --help")
+    print_(f'  {program} generate checkpoint={run_dir} prompt="A list comprehension" block_size=8 show_steps=true')
+    print_(f"  {program} eval checkpoint={run_dir} data={quickstart.config.data.valid[0].path} block_sizes=[1,8,32]")
+    print_(f"  {program} train --help")

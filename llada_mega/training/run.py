@@ -54,7 +54,7 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
         ConfigError, DataError, CheckpointError: the input does not fit together; nothing was trained.
         TrainingError: the run could not go on; its last checkpoint is intact.
     """
-    console = console or Console()
+    console = console or Console(highlight=False, soft_wrap=True)
     # All that can be refused is checked before processes and weights cost time.
     check_supported(config)
     check_paths(config)

@@ -170,6 +170,11 @@ def test_what_the_contradictions_start_from_is_valid() -> None:
         ),
         (MINI, 4, "parallel.etp=1 x ep=8 x pp=1 = 8 does not divide the 4 processes"),
         ([*VALID, "trainer.global_batch_size=6"], 4, "x 4 data-parallel ranks; use a multiple of 4"),
+        (
+            [*VALID, "data.valid_fraction=0.1", "trainer.validation.every=1", "trainer.validation.windows=9"],
+            2,
+            "trainer.validation.windows=9 do not split over 2 data-parallel ranks",
+        ),
         ([*VALID, "trainer.micro_batch_size=2"], 8, "trainer.micro_batch_size=2 x 8 data-parallel ranks"),
     ],
 )

@@ -50,7 +50,8 @@ def test_clean_tokens_left_out_change_nothing(train: Train, tmp_path: Path) -> N
 def test_two_data_parallel_ranks_equal_one(
     train: Train, configure: Callable[..., Config], corpus: Path, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
-    common = (*model, "trainer.max_steps=6", "trainer.micro_batch_size=1")
+    validation = ("trainer.validation.every=3", "trainer.validation.windows=8", "trainer.validation.block_sizes=[4]")
+    common = (*model, "trainer.max_steps=6", "trainer.micro_batch_size=1", *validation)
     train("one", *common)
     config = configure("two")
     stages = (
@@ -78,3 +79,6 @@ def test_two_data_parallel_ranks_equal_one(
         for key in ("loss", "ce_masked", "grad_norm"):
             assert math.isclose(row[key], two[step][key], rel_tol=2e-4 if model else 2e-5), (step, key)
         assert row["mask_ratio"] == two[step]["mask_ratio"]
+    for step, row in read_rows(tmp_path / "one", "valid/ar_nll").items():
+        other = read_rows(tmp_path / "two", "valid/ar_nll")[step]
+        assert math.isclose(row["valid/block_4/nll_bound"], other["valid/block_4/nll_bound"], rel_tol=2e-4)

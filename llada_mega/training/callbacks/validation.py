@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from llada_mega.config.training import ValidationConfig
 from llada_mega.data.sample import Sample
@@ -32,6 +38,7 @@ class ValidationCallback(Callback):
 
     def _validate(self, trainer: Trainer) -> None:
         self._last_step = trainer.state.step
+        data_parallel = trainer.step.groups.dp
         result = evaluate(
             trainer.step.bare_model,
             self.samples,
@@ -39,8 +46,17 @@ class ValidationCallback(Callback):
             noise_levels=self.config.noise_levels,
             batch_size=self.config.batch_size,
             seed=self.seed,
+            block_origin=trainer.config.data.block_origin,
+            shard=(data_parallel.rank(), data_parallel.size()),
+            reduce=partial(_sum_over, data_parallel, trainer.step.device),
         )
         row: dict[str, Any] = {"step": trainer.state.step, "valid/ar_nll": result["ar_nll"]}
         for block_size, values in result["block_sizes"].items():
             row.update({f"valid/block_{block_size}/{name}": value for name, value in values.items()})
         trainer.log(row)
+
+
+def _sum_over(group: ProcessGroup, device: torch.device, sums: Tensor) -> Tensor:
+    sums = sums.to(device)
+    dist.all_reduce(sums, group=group)
+    return sums.cpu()
