@@ -41,7 +41,8 @@ from llada_mega.training.run import run_training
 
 BLOCK_SIZES = (1, 8)
 WINDOWS = 64
-PROMPT = "The for statement is used to iterate over"
+PROMPT = "A function definition defines a user-defined function object. The"
+TEMPERATURE, TOP_P = 0.8, 0.9  # so soon after the conversion, the most probable token is a line break too often
 NEW_TOKENS = 32
 SUMMARY = "summary.json"
 KEPT_FROM_AN_EARLIER_RUN = ("data", "tokenizer", "initial")
@@ -189,7 +190,13 @@ def generate(quickstart: Quickstart, model: LoadedModel) -> None:
     quickstart.console.print(f"prompt: [bold]{PROMPT}[/bold]")
     with StepPrinter(model.tokenizer, quickstart.console) as printer:
         out = model.generate(
-            model.tokenizer.encode(PROMPT), NEW_TOKENS, block_size=block_size, steps=block_size, on_step=printer
+            model.tokenizer.encode(PROMPT),
+            NEW_TOKENS,
+            block_size=block_size,
+            steps=block_size,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            on_step=printer,
         )
     text = model.tokenizer.decode(out.token_ids, skip_special_tokens=True)
     quickstart.console.print("\n" + PROMPT, style="bold", end="")
