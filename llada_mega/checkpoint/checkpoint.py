@@ -43,7 +43,8 @@ class CheckpointWrite:
     """One checkpoint on its way to disk: ``start`` -> ``write`` (any thread) -> ``finish``, or ``abandon``.
 
     ``start`` and ``finish`` are collective: with several ranks, call them on all with a barrier between the phases
-    (``start`` | barrier | ``write`` | barrier | ``finish``). The caller owns the barriers, this class the files.
+    (``start`` | barrier | ``write`` | barrier | ``finish``). The caller owns the barriers and calls ``abandon`` after
+    an error, this class owns the files.
     """
 
     def __init__(self, directory: Path, *, rank: int = 0, world_size: int = 1) -> None:
@@ -61,7 +62,7 @@ class CheckpointWrite:
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(f"cannot write checkpoint {self.directory}: {error.strerror or error}") from error
-        needed = storage.stored_bytes(self._tensors) * self.world_size
+        needed = storage.stored_bytes(self._tensors)  # of this rank; with data parallelism alone it owns everything
         free = shutil.disk_usage(self.partial).free
         if free < needed:
             self.abandon()
@@ -71,11 +72,10 @@ class CheckpointWrite:
             )
 
     def write(self) -> None:
-        """Write this rank's tensors. Raises CheckpointError; the older checkpoints are untouched."""
+        """Write this rank's tensors. Raises CheckpointError: call :meth:`abandon`. Older checkpoints are untouched."""
         try:
             storage.write(self.partial, self.rank, self._tensors, self._index)
         except OSError as error:
-            self.abandon()
             reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
             raise CheckpointError(
                 f"checkpoint {self.directory} was not written: {reason}; older checkpoints are intact"
@@ -96,17 +96,18 @@ class CheckpointWrite:
             files = {str(path.relative_to(self.partial)): storage.sha256(path) for path in sorted(small)}
             write_json(self.partial / MARKER, {"format": FORMAT, "ranks": self.world_size, "files": files})
             replaced = self.directory.with_name(f".{self.directory.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
             if self.directory.exists():  # moved, not removed, until the new one has the name
                 self.directory.replace(replaced)
             self.partial.replace(self.directory)
             shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
-            self.abandon()
             raise CheckpointError(f"checkpoint {self.directory} was not written: {error.strerror or error}") from error
 
     def abandon(self) -> None:
-        """Remove what was written so far."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Remove what was written so far (rank 0 only)."""
+        if self.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -119,9 +120,13 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint from one process (conversion, merging). See :class:`CheckpointWrite` for the errors."""
     write = CheckpointWrite(directory)
-    write.start(sharded_state)
-    write.write()
-    write.finish(model_config, state or {}, tokenizer_dir)
+    try:
+        write.start(sharded_state)
+        write.write()
+        write.finish(model_config, state or {}, tokenizer_dir)
+    except CheckpointError:
+        write.abandon()
+        raise
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -163,6 +168,8 @@ def is_complete(directory: Path) -> bool:
     """True when the marker is there and every tensor file has its length (a cheap check; see :func:`verify`)."""
     try:
         marker = read_json(directory / MARKER)
+        if marker["format"] != FORMAT or not all((directory / name).is_file() for name in marker["files"]):
+            return False
         for path in _indexes(directory, marker):
             if path.with_suffix(".safetensors").stat().st_size != read_json(path)["bytes"]:
                 return False
@@ -177,6 +184,8 @@ def verify(directory: Path) -> list[str]:
         marker = read_json(directory / MARKER)
     except CheckpointError as error:
         return [str(error)]
+    if marker.get("format") != FORMAT:
+        return [f"{MARKER} says format {marker.get('format')}; this version reads format {FORMAT}"]
     problems = []
     for name, digest in marker["files"].items():
         path = directory / name
@@ -199,6 +208,13 @@ def verify(directory: Path) -> list[str]:
 
 def _indexes(directory: Path, marker: dict[str, Any]) -> list[Path]:
     return [directory / storage.TENSOR_DIRECTORY / f"rank_{rank:05d}.json" for rank in range(marker["ranks"])]
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint so that it never looks complete while it is half gone."""
+    hidden = directory.with_name(f".{directory.name}.removed")
+    directory.replace(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

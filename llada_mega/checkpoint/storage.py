@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def snapshot(state: dict[str, Any]) -> tuple[Snapshot, dict[str, Any]]:
 def write(directory: Path, rank: int, tensors: Snapshot, index: dict[str, Any]) -> list[Path]:
     """Write one rank's snapshot; returns the files written. Raises ``OSError`` (disk full, no permission)."""
     folder = directory / TENSOR_DIRECTORY
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # its parent is made by rank 0, once
     data_path, index_path = folder / f"rank_{rank:05d}.safetensors", folder / f"rank_{rank:05d}.json"
     try:
         save_file(tensors, data_path)
@@ -241,8 +240,3 @@ def _read_padded(reader: ShardReader, key: str, offset: tuple[int, ...], shape: 
 def stored_bytes(tensors: Snapshot) -> int:
     """Bytes that :func:`write` needs for the tensors, without the headers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def iter_keys(directory: Path, prefix: str = "") -> Iterator[str]:
-    """Keys of the stored tensors that start with ``prefix``, sorted."""
-    return (key for key in sorted(read_index(directory)) if key.startswith(prefix))

@@ -39,6 +39,12 @@ def check(options: EvalOptions) -> None:
     wrong = [size for size in options.block_sizes if not 1 <= size <= length]
     if wrong:
         raise ConfigError(f"block_sizes={wrong[0]} does not fit sequence_length={length}; use 1 to {length}")
+    uneven = [size for size in options.block_sizes if length % size]
+    if options.block_origin == "sequence" and uneven:
+        raise ConfigError(
+            f"block_sizes={uneven[0]} does not divide sequence_length={length}, as block_origin=sequence needs; "
+            "use a divisor, or block_origin=document"
+        )
 
 
 def run(options: EvalOptions) -> int:

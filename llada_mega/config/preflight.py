@@ -47,7 +47,7 @@ def check_paths(config: Config) -> None:
         raise CheckpointError(
             f"checkpoint.resume={resume}: no such checkpoint; use auto, never or a checkpoint directory"
         )
-    _check_writable(config.run.dir)
+    check_writable(config.run.dir)
 
 
 def _check_corpora(key: str, corpora: list[Corpus]) -> None:
@@ -60,7 +60,8 @@ def _check_corpora(key: str, corpora: list[Corpus]) -> None:
                 )
 
 
-def _check_writable(directory: str) -> None:
+def check_writable(directory: str) -> None:
+    """Makes ``run.dir`` and writes to it once. Raises ConfigError."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:

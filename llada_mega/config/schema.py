@@ -19,7 +19,7 @@ from llada_mega.config.training import (
 
 @dataclass
 class Config:
-    """Composed by Hydra, validated once by :func:`llada_mega.config.validate.validate`, then read-only."""
+    """Composed by Hydra, validated once by :func:`llada_mega.config.validate.validate`, then left alone."""
 
     run: RunSection = field(default_factory=RunSection)
     seed: int = 1234

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Optional
 
 from llada_mega.config.data import Corpus
@@ -39,6 +39,22 @@ class EmbeddingNoiseConfig:
 
 
 @dataclass
+class StageObjectiveConfig:
+    """What a stage changes of the run's objective; null keeps the run's value."""
+
+    weighting: Optional[str] = None
+    schedule: Optional[str] = None
+    t_min: Optional[float] = None
+    t_max: Optional[float] = None
+    level: Optional[str] = None
+
+    def over(self, run: ObjectiveConfig) -> ObjectiveConfig:
+        """The stage's whole objective."""
+        own = {key: value for key, value in asdict(self).items() if value is not None}
+        return replace(run, **own)
+
+
+@dataclass
 class StageConfig:
     """One stage of the curriculum. ``tokens`` are data tokens; the layout follows from ``block_size``."""
 
@@ -47,7 +63,7 @@ class StageConfig:
     tokens: int = 0
     sequence_length: Optional[int] = None  # None: data.sequence_length
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
-    objective: Optional[ObjectiveConfig] = None  # None: the run's objective
+    objective: Optional[StageObjectiveConfig] = None  # None: the run's objective
     data: Optional[list[Corpus]] = None  # None: data.train
     embedding_noise: EmbeddingNoiseConfig = field(default_factory=EmbeddingNoiseConfig)
 

@@ -6,6 +6,7 @@ what lies outside the configuration: files, directories and what this version ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from llada_mega.config.model import ModelConfig
@@ -91,6 +92,7 @@ def _check_model(model: ModelConfig) -> None:
     _one_of("model.architecture", model.architecture, list(ARCHITECTURES))
     _one_of("model.attention_backend", model.attention_backend, ATTENTION_BACKENDS)
     _one_of("model.implementation", model.implementation, ("auto", "local", "te"))
+    _at_least(0, model__moe__num_experts=model.moe.num_experts)
     _at_least(
         1,
         model__num_layers=model.num_layers,
@@ -313,11 +315,15 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
         "change within a run: leave it null, or continue in a new run",
     )
     if stage.objective is not None:
-        _check_objective(f"{key}.objective", stage.objective)
+        _check_objective(f"{key}.objective", stage.objective.over(config.objective))
     lr = stage.lr
     _one_of(f"{key}.lr.shape", lr.shape, ("constant", "linear", "cosine", "1-sqrt"))
     for name in ("start", "peak", "end", "warmup_tokens"):
         _require(getattr(lr, name) >= 0, f"{key}.lr.{name}={getattr(lr, name)} is negative; use 0 or more")
+    _require(
+        lr.shape != "constant" or lr.end in (1.0, lr.peak),
+        f"{key}.lr.end={lr.end} has no effect with shape=constant; use linear, cosine or 1-sqrt",
+    )
     _require(
         lr.warmup_tokens <= stage.tokens,
         f"{key}.lr.warmup_tokens={lr.warmup_tokens} exceeds {key}.tokens={stage.tokens}; shorten the warm-up",
@@ -348,7 +354,7 @@ def _check_block_size(key: str, block_size: int, config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
-    _require(optimizer.lr > 0, f"optimizer.lr={optimizer.lr} must be positive")
+    _require(0 < optimizer.lr < math.inf, f"optimizer.lr={optimizer.lr} must be a positive number")
     _require(
         0 <= optimizer.min_lr <= optimizer.lr,
         f"optimizer.min_lr={optimizer.min_lr} is not between 0 and optimizer.lr={optimizer.lr}; lower it",
@@ -424,5 +430,11 @@ def _check_checkpoint(config: Config) -> None:
     _require(
         config.trainer.validation.every > 0,
         f"checkpoint.keep_best={checkpoint.keep_best} needs validation; set trainer.validation.every",
+    )
+    every = config.trainer.validation.every
+    _require(
+        checkpoint.every > 0 and checkpoint.every % every == 0,
+        f"checkpoint.keep_best={checkpoint.keep_best} needs a validation at every checkpoint, but checkpoint.every="
+        f"{checkpoint.every} is no multiple of trainer.validation.every={every}; set checkpoint.every={every}",
     )
     _one_of("checkpoint.best_metric", checkpoint.best_metric, validation_metrics(config))

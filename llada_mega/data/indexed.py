@@ -5,6 +5,7 @@ Any dataset that Megatron's ``IndexedDatasetBuilder`` wrote can be opened; the s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from llada_mega.data.tokenizer import Tokenizer
 from llada_mega.errors import DataError
 
 SIDECAR_VERSION = 1
+FINGERPRINT_BYTES = 2**20
 
 
 class IndexedCorpus:
@@ -71,6 +73,16 @@ class IndexedCorpus:
                 f"{self._vocab_size}; build the corpus with the model's tokenizer"
             )
         return token_ids
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this corpus from another: documents, tokens, and a hash of the index's size, head and tail."""
+        path = idx_path(self.prefix)
+        digest = hashlib.sha256(str(path.stat().st_size).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, path.stat().st_size - FINGERPRINT_BYTES))
+            digest.update(file.read())
+        return {"documents": len(self), "tokens": self.num_tokens, "sha256": digest.hexdigest()[:16]}
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have: now if the sidecar knows the largest one, else when read.

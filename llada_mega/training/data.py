@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from llada_mega.config.schema import Config
 from llada_mega.data.batch import Batch
@@ -47,6 +49,12 @@ class TrainingData:
             clean_tokens=config.data.clean_tokens,
         )
         self.validation_samples = self._validation_samples() if config.trainer.validation.every else []
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Documents, tokens and a hash of each corpus that is trained on, by file name."""
+        stages = (stage.data or [] for stage in self.config.curriculum.stages)
+        paths = {corpus.path for corpora in (self.config.data.train, *stages) for corpus in corpora}
+        return {Path(path).name: self.corpora.open(path).fingerprint() for path in sorted(paths)}
 
     def batches(self, start_sample: int, *, rank: int, world_size: int) -> Iterator[list[Batch]]:
         """This data-parallel rank's micro-batches from ``start_sample`` on, one list a step."""

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
+from collections.abc import Iterator
 
 HIDDEN = "<redacted>"
-_SECRET_VARIABLE = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(API_?KEY|TOKEN(?!IZER)|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
 _SECRET_FIELD = re.compile(
     r"""(?P<head>["']?[\w.]*(?:api_?key|secret|password|access_token|auth_token)["']?\s*[:=]\s*)(?P<value>"[^"]*"|[^\s,}]+)""",
     re.IGNORECASE,
 )
 _MIN_LENGTH = 8  # shorter values ("1", "true") are no secrets and would redact half of a file
+
+
+@contextlib.contextmanager
+def redacted_arguments() -> Iterator[None]:
+    """``sys.argv`` without secrets, for libraries that store it."""
+    original = sys.argv
+    sys.argv = [redact(argument) for argument in original]
+    try:
+        yield
+    finally:
+        sys.argv = original
 
 
 def redact(text: str) -> str:

@@ -11,7 +11,12 @@ import torch
 
 from llada_mega import __version__
 from llada_mega.checkpoint import storage
-from llada_mega.checkpoint.checkpoint import is_complete, list_checkpoints, read_state, resolve_checkpoint
+from llada_mega.checkpoint.checkpoint import (
+    list_checkpoints,
+    read_state,
+    resolve_checkpoint,
+    step_name,
+)
 from llada_mega.config.schema import Config
 from llada_mega.diffusion.curriculum import Curriculum
 from llada_mega.errors import CheckpointError
@@ -36,7 +41,7 @@ def collect_state(trainer: Trainer) -> dict[str, Any]:
     return {
         "llada_mega": __version__,
         "train": trainer.state.to_json(),
-        "contract": run_contract(trainer.config),
+        "contract": trainer.contract,
         "curriculum": trainer.curriculum.to_json(),
         "callbacks": {c.name: c.state_dict() for c in trainer.callbacks if c.state_dict()},
         "optimizer": {"step": _optimizer_step(trainer.step.optimizer)},
@@ -52,20 +57,25 @@ def _optimizer_step(optimizer: Any) -> int:
     return 0
 
 
-def run_contract(config: Config) -> dict[str, Any]:
-    """What must not change between the parts of a run, because loss, data and noise depend on it."""
+def run_contract(config: Config, corpora: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What must not change between the parts of a run, because loss, data and noise depend on it.
+
+    ``corpora`` are the fingerprints of what is trained on (``TrainingData.fingerprints``).
+    """
     model = dataclasses.asdict(config.model)
     for key in ("attention_backend", "implementation"):  # how, not what
         model.pop(key)
     data = dataclasses.asdict(config.data)
     for key in ("num_workers", "clean_tokens", "tokenizer", "valid"):
         data.pop(key)
+    data["valid_fraction"] = 0.0 if config.data.valid else config.data.valid_fraction
     for corpus in data["train"]:
         corpus["path"] = Path(corpus["path"]).name  # a directory may have moved
     return {
         "seed": config.seed,
         "model": model,
         "data": data,
+        "corpora": corpora,
         "trainer": {"global_batch_size": config.trainer.global_batch_size, "dtype": config.trainer.dtype},
         "optimizer": dataclasses.asdict(config.optimizer),
     }
@@ -88,20 +98,20 @@ def find_resume_point(config: Config, run_dir: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def check_contract(config: Config, curriculum: Curriculum, checkpoint: Path) -> dict[str, Any]:
+def check_contract(contract: dict[str, Any], curriculum: Curriculum, checkpoint: Path) -> dict[str, Any]:
     """Read ``state.json`` and refuse a resume that would silently change the run.
 
     Raises:
         CheckpointError: naming the first key that differs, with both values.
     """
     state = read_state(checkpoint)
-    if "train" not in state or not is_complete(checkpoint):
+    if "train" not in state:
         raise CheckpointError(
             f"{checkpoint} holds weights but no training state; start from it with trainer.init={checkpoint}"
         )
     advice = "set it back, or start a new run (run.name=...) with trainer.init"
     # Through JSON once, so that tuples and lists, ints and floats compare as they were stored.
-    difference = first_difference(state["contract"], json.loads(json.dumps(run_contract(config))))
+    difference = first_difference(state["contract"], json.loads(json.dumps(contract)))
     if difference is not None:
         key, old, new = difference
         raise CheckpointError(f"cannot resume from {checkpoint}: {key} was {old!r} and is now {new!r}; {advice}")
@@ -120,6 +130,21 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
                 return found
         return None
     return None if old == new else (key, old, new)
+
+
+def set_aside_newer(root: Path, step: int) -> list[Path]:
+    """Move checkpoints beyond ``step`` to ``superseded``: this run goes another way from here.
+
+    Left in place, an older run's later checkpoint would count as the newest one. Nothing is removed.
+    """
+    newer = [path for path in list_checkpoints(root) if path.name > step_name(step)]
+    for path in newer:
+        target = root / "superseded" / path.name
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    return newer
 
 
 def restore(step: TrainStep, checkpoint: Path, state: dict[str, Any], callbacks: list[Callback]) -> TrainState:

@@ -21,7 +21,7 @@ from llada_mega.checkpoint.checkpoint import (
 from llada_mega.config.preflight import check_paths, check_supported
 from llada_mega.config.schema import Config
 from llada_mega.diffusion.curriculum import Curriculum, build_curriculum
-from llada_mega.errors import CheckpointError
+from llada_mega.errors import CheckpointError, TrainingError
 from llada_mega.models import build_model
 from llada_mega.parallel import ParallelGroups, destroy, initialize
 from llada_mega.training.callback import Callback
@@ -34,7 +34,14 @@ from llada_mega.training.callbacks.validation import ValidationCallback
 from llada_mega.training.data import TrainingData
 from llada_mega.training.optimizer import build_optimizer, wrap_data_parallel
 from llada_mega.training.redaction import redact
-from llada_mega.training.resume import check_contract, find_resume_point, first_difference, restore
+from llada_mega.training.resume import (
+    check_contract,
+    find_resume_point,
+    first_difference,
+    restore,
+    run_contract,
+    set_aside_newer,
+)
 from llada_mega.training.state import TrainState
 from llada_mega.training.step import TrainStep
 from llada_mega.training.trainer import Trainer
@@ -61,9 +68,10 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
     run_dir = Path(config.run.dir)
     curriculum = curriculum_of(config)
     resume_from = find_resume_point(config, run_dir)
-    saved = check_contract(config, curriculum, resume_from) if resume_from else None
     init_from = initial_checkpoint(config) if resume_from is None else None
     data = TrainingData(config, curriculum)
+    contract = run_contract(config, data.fingerprints())
+    saved = check_contract(contract, curriculum, resume_from) if resume_from else None
 
     groups = initialize(config.parallel, seed=config.seed)
     try:
@@ -78,10 +86,15 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
             logger.info(f"resumed from {resume_from} at step {state.step}")
         else:
             state = TrainState(embedding_rms=step.bare_model.embedding.table_rms(config.model.vocab_size))
+        if writes_files and (newer := set_aside_newer(run_dir / "checkpoints", state.step)):
+            logger.warning(
+                f"moved {len(newer)} checkpoints beyond step {state.step} to {run_dir}/checkpoints/superseded"
+            )
         trainer = Trainer(
             config=config,
             step=step,
             curriculum=curriculum,
+            contract=contract,
             state=state,
             batches=data.batches(state.consumed_samples, rank=groups.dp.rank(), world_size=groups.dp.size()),
             callbacks=callbacks,
@@ -89,6 +102,11 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
         )
         trainer.fit()
         return trainer.state
+    except OSError as error:  # a full disk, a vanished mount: nothing that a traceback would explain better
+        where = error.filename or run_dir
+        raise TrainingError(
+            f"{where}: {error.strerror or error}; the run stops, its last checkpoint is intact"
+        ) from error
     finally:
         destroy()
 
@@ -172,7 +190,7 @@ def tokenizer_source(config: Config) -> Path | None:
     """Where checkpoints take their tokenizer files from: ``data.tokenizer``, else the initial checkpoint."""
     if config.data.tokenizer is not None:
         return Path(config.data.tokenizer)
-    return tokenizer_directory(Path(config.trainer.init)) if config.trainer.init else None
+    return tokenizer_directory(resolve_checkpoint(Path(config.trainer.init))) if config.trainer.init else None
 
 
 def _log_to_console(console: Console) -> None:

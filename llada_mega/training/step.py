@@ -5,7 +5,6 @@ Legend of shape suffixes: B batch (always 1), S positions, R rows with logits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -76,11 +75,11 @@ class TrainStep:
             micro_batch_size=1,
             forward_only=False,
         )
-        found_inf = self.optimizer.prepare_grads()
-        grad_norm = math.inf if found_inf else float(self.optimizer.get_grad_norm())
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
         measured = self._reduce(outputs, grad_norm)
         measured.flops = sum(batch_flops(self.bare_model.model_config, batch) for batch in batches)
-        applied = not found_inf and accept(measured)
+        applied = accept(measured)
         if applied:
             self._update(learning_rate, grad_norm)
             measured.expert_load = update_expert_bias(self.bare_model)

@@ -23,6 +23,7 @@ class Trainer:
         config: the run's validated configuration.
         step: one optimizer step over a global batch; holds the model and the optimizer.
         curriculum: stages resolved to samples.
+        contract: what a resumed run must have in common with this one.
         state: where the run stands (fresh, or read from a checkpoint).
         batches: this rank's micro-batches, one list a step, starting at ``state.consumed_samples``.
         callbacks: features, in the order in which their hooks run.
@@ -35,6 +36,7 @@ class Trainer:
         config: Config,
         step: TrainStep,
         curriculum: Curriculum,
+        contract: dict[str, Any],
         state: TrainState,
         batches: Iterator[list[Batch]],
         callbacks: Sequence[Callback],
@@ -42,7 +44,7 @@ class Trainer:
     ) -> None:
         self.config, self.step, self.curriculum, self.state = config, step, curriculum, state
         self.batches, self.callbacks, self.writes_files = batches, list(callbacks), writes_files
-        self.stop_reason: str | None = None
+        self.contract = contract
         total_steps = curriculum.total_samples // config.trainer.global_batch_size
         self.last_step = min(total_steps, config.trainer.max_steps or total_steps)
 
@@ -52,11 +54,11 @@ class Trainer:
         return self.curriculum.stage_at(self.state.consumed_samples)
 
     def fit(self) -> None:
-        """Train until the curriculum or ``trainer.max_steps`` ends, or a callback calls :meth:`stop`."""
+        """Train until the curriculum or ``trainer.max_steps`` ends."""
         try:
             self._call("on_train_begin")
             stage: ResolvedStage | None = None
-            while self.state.step < self.last_step and self.stop_reason is None:
+            while self.state.step < self.last_step:
                 if stage != self.stage:
                     stage = self.stage
                     self._call("on_stage_begin", stage)
@@ -90,15 +92,11 @@ class Trainer:
         """Hand a row of metrics to every sink."""
         self._call("on_log", row)
 
-    def warn(self, message: str) -> None:
+    def warn(self, message: str, step: int | None = None) -> None:
         """Tell the user, and leave ``{"step", "warning"}`` in the metrics for the report."""
         if self.writes_files:
             logger.warning(message)
-        self.log({"step": self.state.step, "warning": message})
-
-    def stop(self, reason: str) -> None:
-        """End the run after this step, in order."""
-        self.stop_reason = reason
+        self.log({"step": self.state.step if step is None else step, "warning": message})
 
     def _accept(self, measured: StepMeasurement) -> bool:
         verdicts = [callback.accept_step(self, measured) for callback in self.callbacks]  # every callback is asked

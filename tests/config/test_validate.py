@@ -112,7 +112,13 @@ CONTRADICTIONS = [
     ),
     ([*VALID, "curriculum.stages.0.data=[{path: x, weight: -1}]"], "curriculum.stages.0.data.0.weight=-1.0"),
     # optimizer and trainer
-    ([*VALID, "optimizer.lr=0"], "optimizer.lr=0.0 must be positive"),
+    ([*VALID, "optimizer.lr=0"], "optimizer.lr=0.0 must be a positive number"),
+    ([*VALID, "optimizer.lr=inf"], "optimizer.lr=inf must be a positive number"),
+    ([*VALID, "model.moe.num_experts=-1"], "model.moe.num_experts=-1 is too small"),
+    (
+        [*VALID, "curriculum.stages=[{tokens: 9, lr: {shape: constant, end: 0.1}}]"],
+        "curriculum.stages.0.lr.end=0.1 has no effect with shape=constant",
+    ),
     ([*VALID, "optimizer.min_lr=1"], "optimizer.min_lr=1.0 is not between 0 and optimizer.lr=0.0001"),
     ([*VALID, "optimizer.beta2=1"], "optimizer.beta2=1.0 is out of range"),
     ([*VALID, "optimizer.clip_grad=-1"], "optimizer.clip_grad=-1.0 is too small; use 0 or more"),
@@ -136,7 +142,18 @@ CONTRADICTIONS = [
     ),
     ([*VALID, "checkpoint.keep_best=1"], "checkpoint.keep_best=1 needs validation; set trainer.validation.every"),
     (
-        [*VALID, "checkpoint.keep_best=1", "trainer.validation.every=5", "data.valid=x", "checkpoint.best_metric=loss"],
+        [*VALID, "checkpoint.keep_best=1", "checkpoint.every=7", "trainer.validation.every=5", "data.valid=x"],
+        "checkpoint.every=7 is no multiple of trainer.validation.every=5; set checkpoint.every=5",
+    ),
+    (
+        [
+            *VALID,
+            "checkpoint.keep_best=1",
+            "checkpoint.every=5",
+            "trainer.validation.every=5",
+            "data.valid=x",
+            "checkpoint.best_metric=loss",
+        ],
         "checkpoint.best_metric=loss is not a choice; use valid/block_32/ce_masked, ",
     ),
     ([*VALID, "checkpoint.keep_last=0"], "checkpoint.keep_last=0 is too small"),

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_mega.config.data import Corpus
-from llada_mega.config.training import EmbeddingNoiseConfig, LearningRateConfig, ObjectiveConfig, StageConfig
+from llada_mega.config.training import (
+    EmbeddingNoiseConfig,
+    LearningRateConfig,
+    ObjectiveConfig,
+    StageConfig,
+    StageObjectiveConfig,
+)
 from llada_mega.diffusion.curriculum import Curriculum, build_curriculum
 from llada_mega.errors import CheckpointError, ConfigError
 
@@ -57,7 +63,7 @@ def test_boundaries_layouts_and_corpora() -> None:
 
 
 def test_a_stage_of_its_own_objective() -> None:
-    own = ObjectiveConfig(weighting="uniform", schedule="cosine", t_min=0.3, t_max=0.8, level="block")
+    own = StageObjectiveConfig(weighting="uniform", schedule="cosine", t_min=0.3, t_max=0.8, level="block")
     curriculum = Run([one_stage(), one_stage(objective=own)]).build()
     default, special = (stage.objective for stage in curriculum.stages)
     assert dataclasses.asdict(default) == dataclasses.asdict(ObjectiveConfig())
@@ -235,7 +241,7 @@ BAD_VALUES: dict[str, Any] = {
 
 @pytest.mark.parametrize("path", BAD_VALUES)
 def test_bad_stage_values_name_their_key(path: str) -> None:
-    run = Run([one_stage(), one_stage(objective=ObjectiveConfig(), data=[Corpus("web")])])
+    run = Run([one_stage(), one_stage(objective=StageObjectiveConfig(), data=[Corpus("web")])])
     set_path(run, path, BAD_VALUES[path])
     key = "curriculum." + path.replace(".1.", "[1].").replace(".0.", "[0].")
     with pytest.raises(ConfigError) as caught:

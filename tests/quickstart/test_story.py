@@ -16,6 +16,7 @@ from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
 from llada_mega.parallel import destroy
 from llada_mega.quickstart import story
+from llada_mega.training.callbacks.validation import ValidationCallback
 from tests.checkpoint.tiny import save_model
 
 TINY_LLAMA = [
@@ -112,17 +113,24 @@ def test_a_second_run_starts_over_and_reuses_the_model(tell, tmp_path: Path, mon
         assert first[key] == second[key]  # the same seed, the same story
 
 
-def test_an_interrupted_run_is_resumed(tell, tmp_path: Path) -> None:
+def test_a_run_that_is_interrupted_while_training_is_resumed(tell, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="power"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(story, "resolve_checkpoint", _power_cut)
-        tell("quickstart", *TINY_LLAMA, "trainer.max_steps=2")
+        patch.setattr(ValidationCallback, "on_train_end", _power_cut)
+        tell("quickstart", *TINY_LLAMA, "trainer.max_steps=3", "checkpoint.every=2")
     destroy()
-    tell("quickstart", *TINY_LLAMA)
+    tell("quickstart", *TINY_LLAMA, "checkpoint.every=2")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 3, 4]
 
 
-def _power_cut(path: Path) -> Path:
+def test_starting_over_touches_only_what_a_run_writes(tell, tmp_path: Path) -> None:
+    tell("quickstart", *TINY_LLAMA)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    tell("quickstart", *TINY_LLAMA)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def _power_cut(*arguments: object) -> None:
     raise RuntimeError("power cut")
 
 

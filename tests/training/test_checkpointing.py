@@ -15,7 +15,7 @@ from llada_mega.checkpoint.checkpoint import (
     resolve_checkpoint,
     verify,
 )
-from llada_mega.errors import CheckpointError
+from llada_mega.errors import CheckpointError, TrainingError
 from tests.training.conftest import Train
 from tests.training.rows import read_rows
 
@@ -52,7 +52,29 @@ def test_the_best_are_kept_too(train: Train, tmp_path: Path) -> None:
         assert read_state(path)["metrics"][metric] == scores[int(path.name.removeprefix("step_"))]
 
 
-def test_a_full_disk_loses_nothing(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_an_accuracy_the_largest_is_kept(train: Train, tmp_path: Path) -> None:
+    metric = "valid/block_4/accuracy"
+    train(
+        "run",
+        "checkpoint.every=2",
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_best=1",
+        f"checkpoint.best_metric={metric}",
+        "trainer.validation.every=2",
+        "trainer.validation.windows=8",
+        "trainer.validation.block_sizes=[4]",
+        "optimizer.lr=3e-2",
+    )
+    scores = {step: row[metric] for step, row in read_rows(tmp_path / "run", metric).items()}
+    assert len(set(scores.values())) > 1
+    kept = [int(name.removeprefix("step_")) for name in names(tmp_path / "run")]
+    assert max(scores[step] for step in kept) == max(scores.values())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_loses_nothing(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
     write = storage.write
 
     def full(directory: Path, *args: object) -> list[Path]:
@@ -62,11 +84,17 @@ def test_a_full_disk_loses_nothing(train: Train, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(storage, "write", full)
     with pytest.raises(CheckpointError, match="disk is full; older checkpoints are intact"):
-        train("run", "checkpoint.every=2")
+        train("run", "checkpoint.every=2", f"checkpoint.async={asynchronous}")
     assert names(tmp_path / "run") == ["step_00000002"]
     assert not list((tmp_path / "run" / "checkpoints").glob(".*partial"))
     monkeypatch.setattr(storage, "write", write)
     assert train("run").step == 10
+
+
+def test_a_metrics_file_that_cannot_be_written_ends_in_one_line(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="metrics.jsonl: Is a directory; the run stops"):
+        train("run")
 
 
 def test_no_room_is_noticed_before_writing(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

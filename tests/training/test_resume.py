@@ -7,7 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from llada_mega.checkpoint.checkpoint import list_checkpoints, read_state
 from llada_mega.errors import CheckpointError
@@ -31,8 +34,10 @@ def test_resume_continues_bit_for_bit(train: Train, tmp_path: Path, overrides: t
         expected, resumed = (read_rows(tmp_path / name, kind) for name in ("whole", "parts"))
         resumed = {step: row for step, row in resumed.items() if step in expected}  # the stop validated once more
         assert resumed == expected
-    states = [read_state(list_checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("whole", "parts")]
-    assert states[0] == states[1]
+    whole_end, parts_end = (list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts"))
+    assert read_state(whole_end) == read_state(parts_end)
+    index = Path("tensors") / "rank_00000.json"  # holds the checksum of all weights and optimizer states
+    assert (whole_end / index).read_text() == (parts_end / index).read_text()
 
 
 def test_a_damaged_newest_checkpoint_falls_back(train: Train, tmp_path: Path) -> None:
@@ -47,9 +52,9 @@ def test_a_damaged_newest_checkpoint_falls_back(train: Train, tmp_path: Path) ->
 
 
 def test_a_finished_run_stays_finished(train: Train, tmp_path: Path) -> None:
-    train("run")
+    train("run", *VALIDATION)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert train("run").step == 10
+    assert train("run", *VALIDATION).step == 10
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
@@ -59,6 +64,33 @@ def test_never_starts_over(train: Train, tmp_path: Path) -> None:
     losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in losses if "loss" in row] == [1, 2, 1, 2]
     assert losses[0]["loss"] == losses[2]["loss"]
+
+
+def test_a_fresh_start_sets_an_older_runs_checkpoints_aside(train: Train, tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    train("run", "trainer.max_steps=6", "checkpoint.every=2", "checkpoint.keep_last=3")
+    train("run", "trainer.max_steps=2", "checkpoint.resume=never", "checkpoint.keep_last=1")
+    assert [path.name for path in list_checkpoints(root)] == ["step_00000002"]
+    assert (root / "latest").resolve() == (root / "step_00000002").resolve()
+    superseded = ["step_00000002", "step_00000004", "step_00000006"]
+    assert [path.name for path in list_checkpoints(root / "superseded")] == superseded
+
+
+def test_going_back_to_an_older_checkpoint(train: Train, tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    train("run", "trainer.max_steps=6", "checkpoint.every=2", "checkpoint.keep_last=3")
+    assert train("run", f"checkpoint.resume={root / 'step_00000002'}", "trainer.max_steps=3").step == 3
+    assert [path.name for path in list_checkpoints(root)] == ["step_00000002", "step_00000003"]
+
+
+def test_another_corpus_of_the_same_name_is_refused(train: Train, tmp_path: Path) -> None:
+    train("run", "trainer.max_steps=1")
+    builder = IndexedDatasetBuilder(f"{tmp_path / 'tokens'}.bin", dtype=np.int32)
+    for length in range(5, 150):
+        builder.add_document(torch.arange(length), [length])
+    builder.finalize(f"{tmp_path / 'tokens'}.idx")
+    with pytest.raises(CheckpointError, match=r"corpora.tokens.documents was 200 and is now 145"):
+        train("run", f"data.train=[{{path: {tmp_path / 'tokens'}}}]")
 
 
 @pytest.mark.parametrize(
@@ -94,8 +126,6 @@ def test_a_moved_corpus_and_another_worker_count_resume(train: Train, tmp_path: 
 def test_weights_without_a_run_cannot_be_resumed(train: Train, tmp_path: Path) -> None:
     train("run", "trainer.max_steps=1")
     checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    marker = json.loads((checkpoint / "COMPLETE").read_text())
     (checkpoint / "state.json").write_text("{}\n")
-    (checkpoint / "COMPLETE").write_text(json.dumps(marker))
     with pytest.raises(CheckpointError, match="trainer.init="):
         train("run")

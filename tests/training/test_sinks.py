@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,23 @@ def test_no_file_of_a_run_holds_a_secret(train: Train, tmp_path: Path, monkeypat
     for path in files:
         assert SECRET.encode() not in path.read_bytes(), path
     assert HIDDEN in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_wandb_does_not_store_the_command_line(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    arguments = [
+        f"run.dir={tmp_path / 'run'}",
+        f"data.train=[{{path: {corpus}}}]",
+        "data.sequence_length=64",
+        "curriculum.stages=[{block_size: 4, tokens: 512}]",
+        "trainer.max_steps=1",
+        "logging.wandb=true",
+        f"logging.wandb_project=project-{SECRET}",
+    ]
+    subprocess.run([sys.executable, "-m", "llada_mega", "train", *arguments], check=True, capture_output=True)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any("wandb" in path.parts for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_the_wandb_run_is_resumed(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

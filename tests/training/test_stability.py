@@ -70,7 +70,7 @@ def test_skip_leaves_the_weights_and_goes_on(train_poisoned: Callable[..., None]
     rows = read_rows(tmp_path / "run")
     assert [rows[step]["applied"] for step in range(1, 7)] == [True, True, True, False, True, True]
     assert rows[4]["loss"] == "nan" and math.isfinite(rows[5]["loss"])
-    assert "policy skip" in read_rows(tmp_path / "run", "warning")[3]["warning"]
+    assert "policy skip" in read_rows(tmp_path / "run", "warning")[4]["warning"]
 
 
 def test_too_many_skips_stop(train_poisoned: Callable[..., None]) -> None:
@@ -79,9 +79,9 @@ def test_too_many_skips_stop(train_poisoned: Callable[..., None]) -> None:
 
 
 def test_warn_goes_on(train_poisoned: Callable[..., None], tmp_path: Path) -> None:
-    train_poisoned("run", {4}, "trainer.stability.nonfinite=warn", "trainer.max_steps=4")
+    train_poisoned("run", {4}, "trainer.stability.nonfinite=warn", "trainer.max_steps=5")
     rows = read_rows(tmp_path / "run")
-    assert rows[4]["applied"] is True
+    assert rows[4]["applied"] is True and 5 in rows
 
 
 class FakeTrainer:
@@ -94,7 +94,7 @@ class FakeTrainer:
     def mask_embedding_rms(self) -> float:
         return 1.0
 
-    def warn(self, message: str) -> None:
+    def warn(self, message: str, step: int | None = None) -> None:
         self.warnings.append(message)
 
 

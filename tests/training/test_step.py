@@ -82,3 +82,11 @@ def test_two_data_parallel_ranks_equal_one(
     for step, row in read_rows(tmp_path / "one", "valid/ar_nll").items():
         other = read_rows(tmp_path / "two", "valid/ar_nll")[step]
         assert math.isclose(row["valid/block_4/nll_bound"], other["valid/block_4/nll_bound"], rel_tol=2e-4)
+
+
+def test_a_stage_changes_only_what_it_names_of_the_objective(train: Train, tmp_path: Path) -> None:
+    stages = "curriculum.stages=[{name: s, block_size: 4, tokens: 512, objective: {t_max: 0.2}}]"
+    train("run", "objective.weighting=uniform", "trainer.max_steps=1", stages)
+    row = read_rows(tmp_path / "run")[1]
+    assert math.isclose(row["loss"], row["ce_masked"], rel_tol=1e-6)  # uniform weighting, from the run
+    assert row["mask_ratio"] < 0.3  # the stage's own band

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from llada_mega.checkpoint.checkpoint import (
     CheckpointWrite,
     list_checkpoints,
     read_state,
+    remove_checkpoint,
     step_name,
 )
 from llada_mega.config.training import CheckpointConfig
+from llada_mega.errors import CheckpointError
 from llada_mega.training.callback import Callback
 from llada_mega.training.resume import collect_state, sharded_training_state
 from llada_mega.training.state import StepMeasurement
@@ -71,9 +72,12 @@ class CheckpointCallback(Callback):
         )
         state = collect_state(trainer)
         state["metrics"] = self._metrics if self._metrics.get("step") == trainer.state.step else {}
-        # After collect_state: it settles the optimizer's common step, which the sharded state repeats.
-        write.start(sharded_training_state(trainer.step))
-        _barrier()
+        write_error: CheckpointError | None = None
+        try:
+            write.start(sharded_training_state(trainer.step))
+        except CheckpointError as error:
+            write_error = error
+        _raise_together(write_error, write, groups.device)
         self._pending = _Pending(write, state)
         self._saved_step = trainer.state.step
         if not self.config.async_save:
@@ -81,24 +85,24 @@ class CheckpointCallback(Callback):
 
     def _poll(self, trainer: Trainer, wait: bool) -> None:
         """Give a written checkpoint its name once every rank is done."""
-        pending = self._pending
+        pending, device = self._pending, trainer.step.groups.device
         if pending is None:
             return
         if wait:
             pending.thread.join()
-        done = torch.tensor(int(not pending.thread.is_alive()))
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(done, op=torch.distributed.ReduceOp.MIN)
-        if not done:
+        if not _all_ranks(not pending.thread.is_alive(), device):
             return
         self._pending = None
-        if pending.error is not None:
-            raise pending.error
-        pending.write.finish(trainer.config.model, pending.state, self.tokenizer_dir)
-        if trainer.writes_files:
-            link_latest(self.root, pending.write.directory.name)
-            prune(self.root, self.config)
-        _barrier()
+        _raise_together(pending.error, pending.write, device)
+        finish_error: CheckpointError | None = None
+        try:
+            pending.write.finish(trainer.config.model, pending.state, self.tokenizer_dir)
+            if trainer.writes_files:
+                link_latest(self.root, pending.write.directory.name)
+                prune(self.root, self.config)
+        except CheckpointError as error:
+            finish_error = error
+        _raise_together(finish_error, pending.write, device)
 
 
 class _Pending:
@@ -106,20 +110,35 @@ class _Pending:
 
     def __init__(self, write: CheckpointWrite, state: dict[str, Any]) -> None:
         self.write, self.state = write, state
-        self.error: Exception | None = None
+        self.error: CheckpointError | None = None
         self.thread = threading.Thread(target=self._run, name="checkpoint-writer")
         self.thread.start()
 
     def _run(self) -> None:
         try:
             self.write.write()
-        except Exception as error:  # handed to the main thread, which raises it
+        except CheckpointError as error:  # handed to the main thread, which raises it
             self.error = error
+        except Exception as error:
+            self.error = CheckpointError(f"checkpoint {self.write.directory} was not written: {error!r}")
 
 
-def _barrier() -> None:
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
+def _all_ranks(condition: bool, device: torch.device) -> bool:
+    """True when it holds on every rank."""
+    if torch.distributed.get_world_size() == 1:
+        return condition
+    flag = torch.tensor(int(condition), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _raise_together(error: CheckpointError | None, write: CheckpointWrite, device: torch.device) -> None:
+    """Raise on every rank when one has failed, so that none waits for it or calls its part complete."""
+    if not _all_ranks(error is None, device):
+        write.abandon()
+        raise error or CheckpointError(
+            f"checkpoint {write.directory} was not written: another rank failed; older checkpoints are intact"
+        )
 
 
 def link_latest(root: Path, name: str) -> None:
@@ -133,11 +152,12 @@ def link_latest(root: Path, name: str) -> None:
 def prune(root: Path, config: CheckpointConfig) -> None:
     """Remove checkpoints that are neither among the newest ``keep_last`` nor the best ``keep_best``."""
     checkpoints = list_checkpoints(root)
-    keep = set(checkpoints[-config.keep_last :]) if config.keep_last > 0 else set(checkpoints)
+    keep = set(checkpoints[-config.keep_last :])
     if config.keep_best:
-        scored = [(read_state(path).get("metrics", {}).get(config.best_metric, math.inf), path) for path in checkpoints]
-        scored = [(score, path) for score, path in scored if math.isfinite(score)]
-        keep |= {path for _, path in sorted(scored)[: config.keep_best]}
+        sign = -1 if config.best_metric.endswith("/accuracy") else 1  # of an accuracy the largest is the best
+        found = [(read_state(path).get("metrics", {}).get(config.best_metric, math.nan), path) for path in checkpoints]
+        scored = sorted((sign * score, path) for score, path in found if math.isfinite(score))
+        keep |= {path for _, path in scored[: config.keep_best]}
     for path in checkpoints:
         if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_checkpoint(path)

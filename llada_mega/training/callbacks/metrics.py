@@ -22,20 +22,20 @@ class MetricsCallback(Callback):
     name = "metrics"
 
     def __init__(self) -> None:
-        self._since = 0.0
-        self._tokens = self._positions = 0
-        self._flops = 0.0
-
-    def on_train_begin(self, trainer: Trainer) -> None:
         self._reset()
 
+    def on_step_begin(self, trainer: Trainer) -> None:
+        self._step_began = time.perf_counter()
+
     def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
+        # Steps alone, with their data: validation and checkpoints between them do not count.
+        self._seconds += time.perf_counter() - self._step_began
         self._tokens += measured.num_tokens
         self._positions += measured.num_positions
         self._flops += measured.flops
         if trainer.state.step % trainer.config.trainer.log_every and trainer.state.step != trainer.last_step:
             return
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        seconds = self._seconds
         # The row describes the step that was just made, so the stage is the one at its first sample.
         consumed = trainer.state.consumed_samples - trainer.config.trainer.global_batch_size
         stage = trainer.curriculum.stage_at(consumed)
@@ -72,9 +72,8 @@ class MetricsCallback(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self._since = time.perf_counter()
         self._tokens = self._positions = 0
-        self._flops = 0.0
+        self._flops = self._seconds = 0.0
 
 
 def peak_flops() -> float | None:

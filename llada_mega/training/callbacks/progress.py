@@ -46,6 +46,7 @@ class ProgressCallback(Callback):
         self._stage = self._progress.add_task("stage", total=1, info="")
 
     def on_stage_begin(self, trainer: Trainer, stage: ResolvedStage) -> None:
+        self._stage_start = stage.start_sample
         size = trainer.config.trainer.global_batch_size
         steps = (stage.end_sample - stage.start_sample) // size
         done = (trainer.state.consumed_samples - stage.start_sample) // size
@@ -65,7 +66,8 @@ class ProgressCallback(Callback):
         info = f"ce {row['ce_masked']:.3f}  grad {row['grad_norm']:.2f}  {row['tokens_per_s']:.0f} tok/s"
         if self._progress is not None:
             self._progress.update(self._run, completed=row["step"], info=info)
-            self._progress.advance(self._stage, trainer.config.trainer.log_every)
+            done = row["consumed_samples"] - self._stage_start
+            self._progress.update(self._stage, completed=done // trainer.config.trainer.global_batch_size)
         elif time.perf_counter() - self._last_line > LINE_EVERY_SECONDS or row["step"] == trainer.last_step:
             self._last_line = time.perf_counter()
             done = row["step"] - self._first_step

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from llada_mega.errors import ConfigError
 from llada_mega.training.callback import Callback
-from llada_mega.training.redaction import redact
+from llada_mega.training.redaction import redact, redacted_arguments
 from llada_mega.training.trainer import Trainer
 
 
@@ -87,7 +87,8 @@ class WandbSink(Callback):
     def on_train_begin(self, trainer: Trainer) -> None:
         if trainer.writes_files:
             self._id = self._id or uuid.uuid4().hex[:8]
-            self._run = self._wandb.init(id=self._id, resume="allow", **self._arguments)
+            with redacted_arguments():  # wandb stores the command line
+                self._run = self._wandb.init(id=self._id, resume="allow", **self._arguments)
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         if self._run is not None:

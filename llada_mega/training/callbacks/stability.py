@@ -57,7 +57,7 @@ class StabilityCallback(Callback):
         step = trainer.state.step + 1
         if policy == "stop":
             raise TrainingError(f"step {step}: {problem}; the run stops, the last checkpoint is intact")
-        trainer.warn(f"step {step}: {problem}; policy {policy}")
+        trainer.warn(f"{problem}; policy {policy}", step)
         if policy == "warn":
             return True
         self._skipped += 1

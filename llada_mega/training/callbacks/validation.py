@@ -28,6 +28,9 @@ class ValidationCallback(Callback):
         self.config, self.samples, self.seed = config, samples, seed
         self._last_step = -1
 
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._last_step = trainer.state.step or -1  # a resumed run was validated when it stopped
+
     def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
         if self.config.every and trainer.state.step % self.config.every == 0:
             self._validate(trainer)
