@@ -88,9 +88,14 @@ def _figure(record: RunRecord) -> Figure:
         _bars(_axes(figure, 10.45, base, 2.35, top), bars[::-1], tints)
     if rows and record.sample:
         title = "Denoised block by block, a few tokens a step"
-        _heading(figure, COLUMN + 0.05, below - 0.2, title, f"after “{record.sample.prompt[-48:]}”")
+        _heading(figure, COLUMN + 0.05, below - 0.2, title, f"prompt: “{_ending(record.sample.prompt)}”")
         _trace(_axes(figure, COLUMN + 0.05, 0.22, WIDTH - COLUMN - 0.2, 0.3 * rows), blocks, rows)
     return figure
+
+
+def _ending(text: str, width: int = 48) -> str:
+    """The last words of a text."""
+    return text if len(text) <= width else "… " + text[-width:].split(" ", 1)[-1]
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -178,8 +183,9 @@ def _bars(axis: Axes, rows: Sequence[Comparison], tints: dict[int, str]) -> None
 
 
 def _blocks_to_show(sample: GeneratedSample | None) -> list[TracedBlock]:
-    """The blocks that were filled in over several steps."""
-    return [block for block in (sample.blocks if sample else ()) if len(block.snapshots) > 1]
+    """The blocks that were filled in over several steps; the one that holds the end of the prompt only when alone."""
+    filled = [block for block in (sample.blocks if sample else ()) if len(block.snapshots) > 1]
+    return [block for block in filled if block.given == 0] or filled
 
 
 def _trace(axis: Axes, blocks: Sequence[TracedBlock], rows: int) -> None:
