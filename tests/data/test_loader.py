@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llada_mega.config.data import Corpus, DataConfig
-from llada_mega.config.training import StageConfig, StageObjectiveConfig
+from llada_mega.config.training import ObjectiveConfig, StageConfig, StageObjectiveConfig
 from llada_mega.data.batch import Batch
 from llada_mega.data.indexed import IndexedCorpus
 from llada_mega.data.loader import BatchOptions, micro_batches
@@ -45,7 +45,7 @@ def samples(write_corpus: Callable[..., IndexedCorpus]) -> CurriculumSamples:
         global_batch_size=GLOBAL_BATCH,
         base_lr=1e-3,
         min_lr=0.0,
-        default_objective=StageObjectiveConfig(),
+        default_objective=ObjectiveConfig(),
     )
     config = DataConfig(sequence_length=LENGTH, train=corpora, document_alignment=8)
     return RunCorpora(config, seed=17).training_samples(curriculum)
