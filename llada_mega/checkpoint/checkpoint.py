@@ -26,6 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from llada_mega.checkpoint import storage
 from llada_mega.config.model import ModelConfig, MoEConfig
+from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
 
 FORMAT = 1
@@ -130,21 +131,11 @@ def save_checkpoint(
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files of a Hugging Face directory (everything small that is not weights or code)."""
+    """Copy the tokenizer of a Hugging Face directory, with the two files that may name its special tokens."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "config.json",
-)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from llada_mega.checkpoint import checkpoint as checkpoints
 from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.gguf import import_gguf
-from llada_mega.checkpoint.hf import CONFIG, TOKENIZER_FILES, export_hf, import_hf
+from llada_mega.checkpoint.hf import CONFIG, export_hf, import_hf
 from llada_mega.checkpoint.hf_config import DTYPES
 from llada_mega.checkpoint.mask_token import ensure_mask_token
 from llada_mega.checkpoint.source import SourceModel
+from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
 from llada_mega.models import build_model, load_tensors
 from llada_mega.models.hf_mapping import hf_to_local, local_to_hf

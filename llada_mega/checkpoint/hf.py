@@ -17,11 +17,11 @@ from torch import Tensor
 from llada_mega.checkpoint.hf_config import DTYPES, parse_config, render_config, render_generation_config
 from llada_mega.checkpoint.source import EMBEDDING, OUTPUT, SourceModel, check_shapes
 from llada_mega.config.model import ModelConfig
+from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -15,7 +15,14 @@ from llada_mega.errors import DataError
 
 TOKENIZER_FILE = "tokenizer.json"
 # The files that make a tokenizer directory; what a checkpoint copies.
-TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Everything of a tokenizer in a Hugging Face directory.
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,25 @@ FAMILIES = {
     "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
 }
 
+# Overrides that describe save_model(directory) after its import: one token more, the MASK.
+IMPORTED_LLAMA = [
+    "model.num_layers=2",
+    "model.hidden_size=48",
+    "model.num_attention_heads=6",
+    "model.num_query_groups=2",
+    "model.head_dim=8",
+    "model.ffn_hidden_size=80",
+    "model.vocab_size=301",
+    "model.mask_token_id=300",
+    "model.max_position_embeddings=256",
+    "model.rope_theta=5000.0",
+    "model.norm_eps=1e-5",
+    "model.bos_token_id=1",
+    "model.eos_token_id=2",
+    "model.pad_token_id=2",
+    "model.tie_embeddings=true",
+]
+
 
 def hugging_face_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of a family; every tensor, norms and biases too, is away from its initial value."""

@@ -16,25 +16,8 @@ from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.checkpoint import list_checkpoints, verify
 from llada_mega.cli import main
 from llada_mega.parallel import destroy
-from tests.checkpoint.tiny import save_model, save_tokenizer
+from tests.checkpoint.tiny import IMPORTED_LLAMA, save_model, save_tokenizer
 
-MODEL = [
-    "model.num_layers=2",
-    "model.hidden_size=48",
-    "model.num_attention_heads=6",
-    "model.num_query_groups=2",
-    "model.head_dim=8",
-    "model.ffn_hidden_size=80",
-    "model.vocab_size=301",
-    "model.mask_token_id=300",
-    "model.max_position_embeddings=256",
-    "model.rope_theta=5000.0",
-    "model.norm_eps=1e-5",
-    "model.bos_token_id=1",
-    "model.eos_token_id=2",
-    "model.pad_token_id=2",
-    "model.tie_embeddings=true",
-]
 STAGES = "curriculum.stages=[{name: one, block_size: 8, tokens: 512}]"
 
 
@@ -55,7 +38,7 @@ class Workplace:
             "trainer.global_batch_size=4",
             "logging.progress=false",
             STAGES,
-            *MODEL,
+            *IMPORTED_LLAMA,
             *overrides,
         ]
 

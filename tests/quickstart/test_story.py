@@ -17,24 +17,9 @@ from llada_mega.config.validate import validate
 from llada_mega.parallel import destroy
 from llada_mega.quickstart import story
 from llada_mega.training.callbacks.validation import ValidationCallback
+from tests.checkpoint.tiny import IMPORTED_LLAMA as TINY_LLAMA
 from tests.checkpoint.tiny import save_model
 
-TINY_LLAMA = [
-    "model.num_layers=2",
-    "model.hidden_size=48",
-    "model.num_attention_heads=6",
-    "model.num_query_groups=2",
-    "model.head_dim=8",
-    "model.ffn_hidden_size=80",
-    "model.vocab_size=301",
-    "model.mask_token_id=300",
-    "model.max_position_embeddings=256",
-    "model.rope_theta=5000.0",
-    "model.norm_eps=1e-5",
-    "model.bos_token_id=1",
-    "model.eos_token_id=2",
-    "model.pad_token_id=2",
-]
 TINY_MOE = [
     "model.num_layers=2",
     "model.hidden_size=48",

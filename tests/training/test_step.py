@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llada_mega.config.schema import Config
-from tests.training.conftest import TINY_MOE, Train
+from tests.training.conftest import TINY_MOE, TWO_STAGES, Train
 from tests.training.rows import read_rows
 
 
@@ -54,10 +54,6 @@ def test_two_data_parallel_ranks_equal_one(
     common = (*model, "trainer.max_steps=6", "trainer.micro_batch_size=1", *validation)
     train("one", *common)
     config = configure("two")
-    stages = (
-        "curriculum.stages=[{name: small, block_size: 4, tokens: 1280, embedding_noise: {decay_tokens: 640}},"
-        "{name: whole, block_size: 64, tokens: 1280, lr: {shape: linear, end: 0.5}}]"
-    )
     overrides = [
         f"run.dir={config.run.dir}",
         f"data.train=[{{path: {corpus}}}]",
@@ -65,7 +61,7 @@ def test_two_data_parallel_ranks_equal_one(
         "data.sequence_length=64",
         "trainer.global_batch_size=4",
         "optimizer.lr=1e-3",
-        stages,
+        TWO_STAGES,
         *common,
         "launch.nproc=2",
     ]
