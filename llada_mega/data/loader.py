@@ -131,7 +131,7 @@ def micro_batches(
         sampler=places,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
-        # Not forked from this process: a fork inherits the locks of its threads (tokenizers, wandb, OpenMP) in any state.
+        # Not forked from this process: a fork inherits the locks of its threads (tokenizers, OpenMP) in any state.
         multiprocessing_context="forkserver" if num_workers else None,
         generator=torch.Generator(),  # the loader draws a seed: not from the run's global generator
     )
