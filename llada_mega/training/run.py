@@ -156,7 +156,8 @@ def build_step(config: Config, groups: ParallelGroups, init_from: Path | None, *
     if config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
     dtype = getattr(torch, config.trainer.dtype)
-    model = build_model(config.model, parallel=config.parallel, dtype=dtype, seed=config.seed, groups=groups)
+    seed = config.seed if random_weights else None  # None: not initialised, they are loaded next
+    model = build_model(config.model, parallel=config.parallel, dtype=dtype, seed=seed, groups=groups)
     model.to(groups.device)
     if init_from is not None:
         load_model_weights(init_from, model)

@@ -47,8 +47,3 @@ class StepMeasurement:
     def mask_ratio(self) -> float:
         """Masked tokens over data tokens."""
         return self.num_rows / max(self.num_tokens, 1)
-
-
-def noise_bin_name(index: int) -> str:
-    """Name of a noise bin: its bounds in t."""
-    return f"{index / NOISE_BINS:.3g}-{(index + 1) / NOISE_BINS:.3g}"

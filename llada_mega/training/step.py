@@ -17,10 +17,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_mega.data.batch import Batch
+from llada_mega.evaluation.losses import level_name
 from llada_mega.models import EmbeddingNoise, RowLosses, discard_expert_load, mask_carrier, update_expert_bias
 from llada_mega.parallel import ParallelGroups
 from llada_mega.training.flops import batch_flops
-from llada_mega.training.state import NOISE_BINS, StepMeasurement, noise_bin_name
+from llada_mega.training.state import NOISE_BINS, StepMeasurement
 
 Accept = Callable[[StepMeasurement], bool]
 
@@ -114,7 +115,7 @@ class TrainStep:
         torch.distributed.all_reduce(total, group=self.groups.dp_cp)
         loss, denominator, ce, rows, correct, tokens, positions = total[:7].tolist()
         bins = total[7:].reshape(2, NOISE_BINS).tolist()
-        by_noise = {noise_bin_name(i): c / n for i, (c, n) in enumerate(zip(*bins, strict=True)) if n}
+        by_noise = {level_name(i, NOISE_BINS): c / n for i, (c, n) in enumerate(zip(*bins, strict=True)) if n}
         return StepMeasurement(
             loss=loss / max(denominator, 1.0),
             ce_masked=ce / max(rows, 1.0),
