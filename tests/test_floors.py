@@ -39,7 +39,7 @@ EXEMPT = {("llada_mega", "api")}
 
 
 def package_of(module: str) -> str:
-    """``llada_mega.data.batch`` -> ``data``; ``llada_kernels.cpu`` -> ``llada_kernels``."""
+    """``llada_mega.data.batch`` -> ``data``; ``llada_kernels.backends.cpu`` -> ``llada_kernels``."""
     parts = module.split(".")
     return parts[1] if parts[0] == "llada_mega" and len(parts) > 1 else parts[0]
 
@@ -110,7 +110,7 @@ def test_imports_never_go_up() -> None:
         ("from ..models import provider", "llada_mega.config.schema"),
         ("import importlib\nimportlib.import_module('llada_mega.checkpoint')", "llada_mega.models.model"),
         ("from llada_mega import training", "llada_mega.models.model"),
-        ("from llada_mega.errors import ConfigError", "llada_kernels.cpu"),
+        ("from llada_mega.errors import ConfigError", "llada_kernels.backends.cpu"),
         ("from llada_mega.elsewhere import x", "llada_mega.cli"),
     ],
 )

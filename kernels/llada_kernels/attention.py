@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from llada_kernels.cpu import cpu_attention
+from llada_kernels.backends import BACKENDS
 from llada_kernels.interval_mask import IntervalMask
-from llada_kernels.reference import reference_attention
-
-Backend = Callable[[Tensor, Tensor, Tensor, IntervalMask, float | None], tuple[Tensor, Tensor]]
-
-BACKENDS: dict[str, Backend] = {"cpu": cpu_attention, "reference": reference_attention}
 
 
 @overload
@@ -26,6 +21,7 @@ def interval_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
+    deterministic: bool = True,
 ) -> Tensor: ...
 
 
@@ -39,6 +35,7 @@ def interval_attention(
     backend: str = "auto",
     *,
     return_lse: Literal[True],
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -50,6 +47,7 @@ def interval_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention where row q sees exactly the keys that ``mask`` says. Differentiable.
 
@@ -61,6 +59,7 @@ def interval_attention(
         scale: factor on the scores, default ``1 / sqrt(D)``.
         backend: "auto" or a name from ``BACKENDS``.
         return_lse: also return the log-sum-exp of the scaled visible scores, differentiable.
+        deterministic: same inputs, same bits. Only ``cudnn`` knows a faster way (its backward) when this is False.
 
     Returns:
         Output ``[B, S, Hq, D]`` in the dtype of the query; with ``return_lse`` also lse float32 ``[B, S, Hq]``
@@ -70,27 +69,41 @@ def interval_attention(
         ValueError: shapes, dtypes, devices, mask and backend do not fit together; the message says how.
     """
     _check(query_BSHD, key, value, mask)
-    name, _ = choose_backend(backend, query_BSHD.device)
-    output, lse = BACKENDS[name](query_BSHD, key, value, mask.to(query_BSHD.device), scale)
+    device, head_dim = query_BSHD.device, query_BSHD.shape[-1]
+    name, _ = choose_backend(backend, device, query_BSHD.dtype, head_dim)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    output, lse = BACKENDS[name].attention(query_BSHD, key, value, mask.to(device), scale, deterministic)
     return (output, lse) if return_lse else output
 
 
-def choose_backend(backend: str, device: torch.device | str) -> tuple[str, str]:
-    """Name of the backend that ``interval_attention`` uses on ``device``, and why.
+def choose_backend(
+    backend: str, device: torch.device | str, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> tuple[str, str]:
+    """Name of the backend that ``interval_attention`` uses for such inputs, and why.
+
+    Args:
+        backend: "auto", the first of ``BACKENDS`` that runs, or a name.
+        device: where the inputs are.
+        dtype, head_dim: of the inputs; None leaves them out of the decision.
 
     Raises:
-        ValueError: no such backend, or it does not run on this device.
+        ValueError: no such backend, or it cannot serve such inputs; the message says why and what can.
     """
-    kind = torch.device(device).type
-    if backend == "auto":
-        if kind == "cpu":
-            return "cpu", "fused chunks of visible pairs on the CPU"
-        return "reference", f"no fused backend for device {kind} yet: dense mask, O(S^2) memory"
-    if backend not in BACKENDS:
+    device = torch.device(device)
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; use auto, {', '.join(BACKENDS)}")
-    if backend == "cpu" and kind != "cpu":
-        raise ValueError(f"attention backend 'cpu' does not run on {kind}; use auto or reference")
-    return backend, "asked for"
+    obstacles: dict[str, str] = {}
+    for name, candidate in BACKENDS.items():
+        if backend in (name, "auto"):
+            obstacle = candidate.obstacle(device, dtype, head_dim)
+            if obstacle is None:
+                passed = "; ".join(f"not {other}: {why}" for other, why in obstacles.items())
+                return name, "asked for" if backend == name else candidate.SUMMARY + (passed and f" ({passed})")
+            obstacles[name] = obstacle
+    usable = [name for name, other in BACKENDS.items() if other.obstacle(device, dtype, head_dim) is None]
+    raise ValueError(
+        f"attention backend {backend!r} cannot be used: {obstacles[backend]}; use auto, {', '.join(usable)}"
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> None:

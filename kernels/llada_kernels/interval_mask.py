@@ -126,13 +126,23 @@ class IntervalMask:
 
     def to(self, device: torch.device | str) -> IntervalMask:
         """The same mask with its endpoints on ``device``; the same object each time, so that its plans are kept."""
-        endpoints = self.endpoints.to(device)
-        if endpoints is self.endpoints:
+        device = torch.device(device)
+        if device == self.endpoints.device:
             return self
-        key = ("device", endpoints.device)
+        key = ("device", device)
         if key not in self.plans:
-            self.plans[key] = IntervalMask(endpoints, self.total_k)
+            copy = IntervalMask(self.endpoints.to(device), self.total_k)
+            copy.plans["host"] = IntervalMask(self.host().endpoints, self.total_k)  # not self: that would be a cycle
+            self.plans[key] = copy
         return self.plans[key]
+
+    def host(self) -> IntervalMask:
+        """The same mask on the CPU, without waiting for a device when it came from there: plans are made from it."""
+        if self.endpoints.device.type == "cpu":
+            return self
+        if "host" not in self.plans:
+            self.plans["host"] = IntervalMask(self.endpoints.cpu(), self.total_k)
+        return self.plans["host"]
 
     def select_rows(self, rows: Tensor | Sequence[int]) -> IntervalMask:
         """The mask of some query rows, in the order given (a context-parallel shard, kept clean tokens).

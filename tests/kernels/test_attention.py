@@ -9,42 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llada_kernels import IntervalMask, choose_backend, chunk_plan, cpu, interval_attention
-from llada_kernels.chunk_plan import ChunkPlan
+from llada_kernels import IntervalMask, choose_backend, interval_attention
+from llada_kernels.backends import chunk_plan, cpu
+from llada_kernels.backends.chunk_plan import ChunkPlan
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.kernels.masks import any_masks
-
-Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-def make_inputs(
-    mask: IntervalMask, heads: int, key_heads: int, dtype: torch.dtype = torch.float32, **kw: Any
-) -> Inputs:
-    generator = torch.Generator().manual_seed(kw.get("seed", 0))
-    batch, head_dim = kw.get("batch", 1), kw.get("head_dim", 8)
-    shapes = [(mask.total_q, heads), (mask.total_k, key_heads), (mask.total_k, key_heads)]
-    query, key, value = (torch.randn(batch, *s, head_dim, generator=generator, dtype=torch.float64) for s in shapes)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def run(inputs: Inputs, mask: IntervalMask, backend: str, **kw: Any) -> dict[str, Tensor]:
-    """Output, lse and the gradients of a random function of both."""
-    query, key, value = (x.detach().clone().requires_grad_() for x in inputs)
-    output, lse = interval_attention(query, key, value, mask, backend=backend, return_lse=True, **kw)
-    generator = torch.Generator().manual_seed(7)
-    output_weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    lse_weight = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse.dtype)
-    (output * output_weight).sum().add((lse * lse_weight)[lse.isfinite()].sum()).backward()
-    assert query.grad is not None and key.grad is not None and value.grad is not None
-    grads = {"query": query.grad, "key": key.grad, "value": value.grad}
-    return {"output": output.detach(), "lse": lse.detach(), **grads}
-
-
-def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    for name, x in want.items():
-        torch.testing.assert_close(got[name], x, rtol=tolerance, atol=tolerance, check_dtype=False, msg=name)
+from tests.kernels.cases import Inputs, any_masks, assert_close, make_inputs, run
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)

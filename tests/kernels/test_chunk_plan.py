@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llada_kernels import IntervalMask
-from llada_kernels.chunk_plan import ChunkPlan
+from llada_kernels.backends.chunk_plan import ChunkPlan
 
-from tests.kernels.masks import any_masks
+from tests.kernels.cases import any_masks
 
 
 @settings(max_examples=400, derandomize=True, deadline=None)

@@ -9,9 +9,21 @@ from torch import Tensor
 
 from llada_kernels.interval_mask import IntervalMask
 
+SUMMARY = "dense mask, O(S^2) memory"
 
-def reference_attention(
-    query_BSHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, mask: IntervalMask, scale: float | None = None
+
+def obstacle(device: torch.device, dtype: torch.dtype | None, head_dim: int | None) -> str | None:
+    """It runs everywhere."""
+    return None
+
+
+def attention(
+    query_BSHD: Tensor,
+    key_BKHD: Tensor,
+    value_BKHD: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``[B, S, Hq, D]`` queries over ``[B, K, Hk, D]`` keys and values; Hq is a multiple of Hk.
 
@@ -25,7 +37,6 @@ def reference_attention(
     batch, rows, heads, head_dim = query_BSHD.shape
     groups = key_BKHD.shape[2]
     compute = torch.float64 if query_BSHD.dtype == torch.float64 else torch.float32
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
 
     query_BSGHD = query_BSHD.to(compute).reshape(batch, rows, groups, heads // groups, head_dim)
     score_BGHSK = torch.einsum("bsghd,bkgd->bghsk", query_BSGHD, key_BKHD.to(compute)) * scale

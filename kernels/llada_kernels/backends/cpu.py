@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from llada_kernels.chunk_plan import Chunk, ChunkPlan
+from llada_kernels.backends import reference
+from llada_kernels.backends.chunk_plan import Chunk, ChunkPlan
 from llada_kernels.interval_mask import IntervalMask
-from llada_kernels.reference import reference_attention
 
+SUMMARY = "fused chunks of visible pairs on the CPU"
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # aten's kernel groups query heads by key head since PyTorch 2.9 (pull request 157893); before, key heads are repeated.
@@ -27,21 +28,30 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def cpu_attention(
-    query_BSHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, mask: IntervalMask, scale: float | None = None
+def obstacle(device: torch.device, dtype: torch.dtype | None, head_dim: int | None) -> str | None:
+    """It runs on the CPU only."""
+    return None if device.type == "cpu" else f"it does not run on {device.type}"
+
+
+def attention(
+    query_BSHD: Tensor,
+    key_BKHD: Tensor,
+    value_BKHD: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that computes little more than the visible pairs; memory O(S), contract as ``reference_attention``.
+    """Attention that computes little more than the visible pairs; memory O(S).
 
     float32, bfloat16 and float16 run fused with float32 accumulation; any other dtype runs the reference.
     """
     if query_BSHD.dtype not in FUSED_DTYPES:
-        return reference_attention(query_BSHD, key_BKHD, value_BKHD, mask, scale)
+        return reference.attention(query_BSHD, key_BKHD, value_BKHD, mask, scale, deterministic)
     batch, _, heads, head_dim = query_BSHD.shape
     if not GROUPED_HEADS:
         repeats = heads // key_BKHD.shape[2]
         key_BKHD, value_BKHD = (x.repeat_interleave(repeats, 2) for x in (key_BKHD, value_BKHD))
     plan = ChunkPlan.of(mask, batch, heads, key_BKHD.shape[2], head_dim)
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
     return _ChunkedAttention.apply(query_BSHD, key_BKHD, value_BKHD, plan, scale)
 
 
