@@ -10,7 +10,7 @@ lists. Nothing of the size rows x keys, or rows x key tiles, is ever made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -117,12 +117,22 @@ class TileLists:
         device = torch.device(device)
         if device == self.row_order.device:
             return self
-        tensors = self._tensors()
+        lists = (self.row_partial, self.row_full, self.key_partial, self.key_full)
+        tensors = [x for part in lists for x in (part.offsets, part.indices)] + [self.row_order, self.key_order]
         packed = torch.cat(tensors)
         packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
-        parts = iter(packed.split([x.numel() for x in tensors]))
-        lists = [TileList(next(parts), next(parts)) for _ in range(4)]
-        return TileLists(self.block_m, self.block_n, *lists, *parts)
+        sent = packed.split([x.numel() for x in tensors])
+        row_partial, row_full, key_partial, key_full = (TileList(*sent[i : i + 2]) for i in range(0, 8, 2))
+        return TileLists(
+            self.block_m,
+            self.block_n,
+            row_partial,
+            row_full,
+            key_partial,
+            key_full,
+            row_order=sent[8],
+            key_order=sent[9],
+        )
 
     @property
     def row_tiles(self) -> int:
@@ -146,16 +156,6 @@ class TileLists:
     def live_share(self) -> float:
         """Live tiles over all tiles; 0 for an empty mask."""
         return self.live_tiles / max(self.row_tiles * self.key_tiles, 1)
-
-    def _tensors(self) -> list[Tensor]:
-        tensors: list[Tensor] = []
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, TileList):
-                tensors += [value.offsets, value.indices]
-            elif isinstance(value, Tensor):
-                tensors.append(value)
-        return tensors
 
 
 def _live_tiles(mask: IntervalMask, block_m: int, block_n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +189,7 @@ def _live_tiles(mask: IntervalMask, block_m: int, block_n: int) -> tuple[Tensor,
 
 
 def _runs(mask: IntervalMask, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of equal rows within a row tile: row tile ``[runs]``, endpoints ``[nfunc, runs]``, rows ``[runs]``; int64."""
+    """Runs of equal rows within a row tile: row tile ``[runs]``, endpoints ``[nfunc, runs]``, rows ``[runs]``."""
     row = torch.arange(mask.total_q)
     first = row % block_m == 0
     first[1:] |= (mask.endpoints[:, 1:] != mask.endpoints[:, :-1]).any(0)

@@ -15,7 +15,7 @@ from tests.kernels.cases import any_masks
 
 
 def dense_tiles(mask: IntervalMask, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
-    """Live and full, bool [row tiles, key tiles], from the dense mask: missing rows see all, missing keys are unseen."""
+    """Live and full, bool [row tiles, key tiles], from the dense mask: missing rows see all, missing keys are dark."""
     rows, keys = -mask.total_q % block_m, -mask.total_k % block_n
 
     def cut(missing_row: bool) -> Tensor:
