@@ -3,7 +3,7 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest latest-python lint format bench docs clean
+.PHONY: help quickstart test test-latest test-gpu latest-python lint format bench bench-kernels docs clean
 
 VENV := .venv
 LATEST := .venv-latest
@@ -21,9 +21,11 @@ help:
 	@echo "make quickstart    turn SmolLM2-135M into a block-diffusion model on this machine (QUICKSTART=moe: a tiny MoE)"
 	echo "make test          all tests; PYTEST='-k name' narrows them"
 	echo "make test-latest   model tests on Python 3.12+ with the newest supported Megatron-Core"
+	echo "make test-gpu      tests that need a CUDA device"
 	echo "make lint          ruff, mypy, shellcheck"
 	echo "make format        let ruff rewrite the sources"
-	echo "make bench         time the attention backends"
+	echo "make bench         time, memory and error of block attention, a few cases"
+	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
 	echo "make clean         remove the environments"
 
@@ -52,6 +54,9 @@ test-latest: $(LATEST)/.installed
 	@OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/models $(PYTEST)
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest --ignore=tests/models -m latest $(PYTEST)
 
+test-gpu: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m gpu $(PYTEST)
+
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,7 +68,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed
-	@$(BIN)/python kernels/bench.py
+	@$(BIN)/python -m llada_kernels.bench --quick $(ARGS)
+
+bench-kernels: $(VENV)/.installed
+	@$(BIN)/python -m llada_kernels.bench $(ARGS)
 
 docs: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py
