@@ -167,14 +167,12 @@ class Balance:
         """A few lines for people."""
         noisy = " to ".join(f"{number:,}" for number in sorted({min(self.noisy_rows), max(self.noisy_rows)}))
         cut = sum(self.live_tiles) - self.undivided_tiles
-        return "\n".join(
-            (
-                f"{len(self.live_pairs)} ranks with {self.rows:,} rows each, {noisy} noisy, pieces of {self.piece_size:,}",
-                f"live pairs most/mean {self.pair_imbalance:.4f}: {_numbers(self.live_pairs)}",
-                f"live {TILE}-tiles most/mean {self.tile_imbalance:.4f}: {_numbers(self.live_tiles)} ({cut:+,} by the cut)",
-                f"keys that cross ranks: {self.halves}; {self.keys_needed:,} are needed elsewhere, "
-                f"a rank receives {self.keys_received:,}",
-            )
+        return (
+            f"{len(self.live_pairs)} ranks with {self.rows:,} rows each, {noisy} noisy, pieces of {self.piece_size:,}\n"
+            f"live pairs most/mean {self.pair_imbalance:.4f}: {_numbers(self.live_pairs)}\n"
+            f"{TILE}-tiles most/mean {self.tile_imbalance:.4f}: {_numbers(self.live_tiles)} ({cut:+,} by cutting)\n"
+            f"keys that cross ranks: {self.halves}; {self.keys_needed:,} are needed elsewhere, "
+            f"a rank receives {self.keys_received:,}"
         )
 
 
