@@ -1,25 +1,15 @@
-"""Trains a tiny model for two steps under a given layout; started by test_layouts.py.
-
-``python -m tests.parallel.layout_worker '[{"name": ..., "world_size": 2, "parallel": {...}, "model": "moe"}, ...]'``
-imports everything once and forks the processes of one layout after the other. It prints one JSON object a line:
-``{"name": ..., "losses": [...], "gradient_norms": [...], "loads": [...]}``.
-"""
+"""Trains a tiny model for two steps under a given layout; test_layouts.py runs it on every rank."""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import socket
-import sys
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from llada_mega.parallel import cpu_runtime, destroy, initialize
+from llada_mega.parallel import cpu_runtime, initialize
 
 cpu_runtime.install()
 from megatron.core.distributed import (  # noqa: E402
@@ -44,6 +34,7 @@ ROW_DENOMINATOR = 100  # loss = sum over all rows / 100, whatever the layout
 
 
 def train(model_name: str, parallel: ParallelConfig) -> dict[str, Any]:
+    """Losses and gradient norms of the steps, and this rank's expert loads [steps][MoE layers][experts]."""
     groups = initialize(parallel)
     config = MODELS[model_name]
     stages: list[int | None] = [None] if parallel.vp is None else list(range(parallel.vp))
@@ -90,7 +81,6 @@ def train(model_name: str, parallel: ParallelConfig) -> dict[str, Any]:
         result["losses"].append(float(loss) / copies)
         result["gradient_norms"].append(float(gradient_norm))
         result["loads"].append(None if loads is None else loads.tolist())
-    destroy()
     return result
 
 
@@ -118,41 +108,3 @@ def forward_step(data: Iterator[Any], model: torch.nn.Module) -> tuple[Any, Any]
         return losses.loss_sum, count, {"loss": losses.loss_sum.detach() / ROW_DENOMINATOR}
 
     return output, functools.partial(loss_function)
-
-
-def run_forked(case: dict[str, Any]) -> dict[str, Any]:
-    """One layout in ``world_size`` forked processes; rank 0 reports (the last pipeline stage has the loss: summed)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(case["world_size"]):
-        read, write = os.pipe()
-        process = os.fork()
-        if process == 0:
-            os.close(read)
-            os.environ.update(
-                RANK=str(rank), WORLD_SIZE=str(case["world_size"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-            )
-            try:
-                result = train(case["model"], ParallelConfig(**case["parallel"]))
-            except BaseException:
-                result = {"error": traceback.format_exc()}
-            with os.fdopen(write, "w") as pipe:
-                pipe.write(json.dumps(result))
-            os._exit(0)
-        os.close(write)
-        children.append((process, read))
-    results = []
-    for process, read in children:
-        with os.fdopen(read) as pipe:
-            text = pipe.read()
-        os.waitpid(process, 0)
-        results.append(json.loads(text) if text else {"error": "the process died"})
-    failed = [result["error"] for result in results if "error" in result]
-    return {"name": case["name"], **({"error": "\n".join(failed)} if failed else results[0])}
-
-
-if __name__ == "__main__":
-    for requested in json.loads(sys.argv[1]):
-        print(json.dumps(run_forked(requested)), flush=True)

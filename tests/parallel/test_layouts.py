@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import functools
 from typing import Any
 
 import pytest
 
+from llada_mega.config.run import ParallelConfig
+from tests.parallel.harness import run_ranks
+
 pytestmark = [pytest.mark.slow, pytest.mark.latest]
-ROOT = Path(__file__).resolve().parents[2]
 
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dense": ("dense", 1, {}),
@@ -31,26 +30,17 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    """All layouts, trained by one process that imports once and forks."""
-    cases = [
-        {"name": name, "model": model, "world_size": world_size, "parallel": parallel}
-        for name, (model, world_size, parallel) in CASES.items()
-    ]
-    command = [sys.executable, "-m", "tests.parallel.layout_worker", json.dumps(cases)]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    lines = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(cases), finished.stderr[-4000:]
-    return {line["name"]: line for line in lines}
+@functools.cache
+def trained(name: str) -> dict[str, Any]:
+    """What rank 0 says of one layout."""
+    model, world_size, parallel = CASES[name]
+    work = "tests.parallel.layout_worker:train"
+    return run_ranks(work, world_size, model_name=model, parallel=ParallelConfig(**parallel))[0]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "-" in name])
-def test_layout_gives_the_numbers_of_one_process(results: dict[str, dict[str, Any]], name: str) -> None:
-    result, single = results[name], results[CASES[name][0]]
-    assert "error" not in single, single.get("error")
-    assert "error" not in result, result.get("error")
+def test_layout_gives_the_numbers_of_one_process(name: str) -> None:
+    result, single = trained(name), trained(CASES[name][0])
     assert result["losses"] == pytest.approx(single["losses"], rel=2e-5)
     assert result["gradient_norms"] == pytest.approx(single["gradient_norms"], rel=2e-4)
     if "pp" not in CASES[name][2]:  # a pipeline stage knows the loads of its own layers only
