@@ -6,7 +6,7 @@ Legend: R ranks, S rows and keys of the whole sequence, N rows of a rank, M rows
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,27 @@ from torch import Tensor
 from llada_kernels.interval_mask import IntervalMask
 from llada_kernels.partition import TILE, RowPartition, shortest_piece
 from llada_kernels.tiles import TileLists
+
+
+@dataclass(frozen=True, eq=False)
+class RankExchange:
+    """One rank's part of a :class:`KeyExchange`, all that a layer needs.
+
+    Attributes:
+        num_sent: how many of its rows, the last, it sends the keys and values of.
+        places_K: int64 on the CPU; where the keys go that it has then, first those of its own rows that are not sent,
+            then the sent ones of all ranks, rank after rank, so that they stand in the order of its mask's keys.
+    """
+
+    num_sent: int
+    places_K: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def places_on(self, device: torch.device) -> Tensor:
+        """``places_K`` on ``device``, copied once."""
+        if device not in self._copies:
+            self._copies[device] = self.places_K.to(device)
+        return self._copies[device]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +82,10 @@ class KeyExchange:
             int64 indices into its own rows that are not sent, followed by the sent rows of all ranks, rank after rank.
         """
         return self._arrived(rank).argsort()
+
+    def of_rank(self, rank: int) -> RankExchange:
+        """What ``rank`` has to do."""
+        return RankExchange(self.num_sent, self.order(rank).argsort())
 
     def local_mask(self, mask: IntervalMask, rank: int) -> IntervalMask:
         """The mask of the rows of ``rank`` over the keys that it has."""
