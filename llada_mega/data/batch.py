@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from llada_kernels import IntervalMask
+from llada_kernels.exchange import RankExchange
 from torch import Tensor
 
 from llada_mega.data.sample import Sample
@@ -24,6 +25,8 @@ from llada_mega.diffusion.noise_levels import draw_noise_levels
 from llada_mega.diffusion.objectives import Objective
 from llada_mega.diffusion.schedule import Schedule
 from llada_mega.diffusion.visibility import build_visibility
+
+ROW_MULTIPLE = 256
 
 
 @dataclass(eq=False)
@@ -43,10 +46,13 @@ class Batch:
         row_sample_R: int64 global sample index; row_position_R: int64 position in that sample. The keys of the
             embedding noise.
         num_rows: rows that are no filler.
+        num_noisy: positions of the noisy half, the first; all S where there is one half.
         denominator: what this micro-batch adds to the global denominator.
         num_tokens: data tokens, without padding, counted once.
         layout, block_size, stage_index: of the stage.
         consumed_samples: samples of the run before this micro-batch's global batch.
+        key_exchange: of a context-parallel part (:mod:`llada_mega.data.context`), how attention comes by the keys of
+            other ranks; ``mask`` then has S rows and as many keys as there are after that. None: it needs none.
     """
 
     input_ids_S: Tensor
@@ -60,12 +66,14 @@ class Batch:
     row_sample_R: Tensor
     row_position_R: Tensor
     num_rows: int
+    num_noisy: int
     denominator: int
     num_tokens: int
     layout: str
     block_size: int
     stage_index: int = 0
     consumed_samples: int = 0
+    key_exchange: RankExchange | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors, but not the mask, on ``device``."""
@@ -103,7 +111,7 @@ def build_batch(
     block_origin: str = "document",
     clean_tokens: str = "needed",
     length_multiple: int = 128,
-    row_multiple: int = 256,
+    row_multiple: int = ROW_MULTIPLE,
     noise_levels: Sequence[Tensor] | None = None,
     stage_index: int = 0,
     consumed_samples: int = 0,
@@ -159,23 +167,24 @@ def build_batch(
         rows = _Rows(index, clean_L[index], t_R, objective.row_weights(t_R), denominator)
 
     copies = torch.cat((torch.arange(len(clean_L)), visibility.clean_positions))  # index into L of every position
-    num_positions = _round_up(len(copies), length_multiple)
+    num_positions = round_up(len(copies), length_multiple)
     input_ids = torch.cat((noisy_L, clean_L[visibility.clean_positions]))
-    num_rows = _round_up(max(len(rows.index), 1), row_multiple)
+    num_rows = round_up(max(len(rows.index), 1), row_multiple)
     sample_L = torch.cat([torch.full((len(s),), s.sample_index, dtype=torch.int64) for s in samples])
     in_sample_L = _counters(torch.tensor([len(sample) for sample in samples]))
     return Batch(
-        input_ids_S=_extend(input_ids, num_positions, pad_token_id),
-        position_ids_S=_extend(position_L[copies], num_positions, 0),
-        padding_S=_extend(padding_L[copies], num_positions, True),
+        input_ids_S=extend(input_ids, num_positions, pad_token_id),
+        position_ids_S=extend(position_L[copies], num_positions, 0),
+        padding_S=extend(padding_L[copies], num_positions, True),
         mask=visibility.mask.pad(num_positions, num_positions),
-        logit_rows_R=_extend(rows.index, num_rows, 0),
-        labels_R=_extend(rows.labels, num_rows, 0),
-        weights_R=_extend(rows.weights, num_rows, 0.0),
-        noise_levels_R=_extend(rows.noise_levels, num_rows, 0.0),
-        row_sample_R=_extend(sample_L[rows.index], num_rows, 0),
-        row_position_R=_extend(in_sample_L[rows.index], num_rows, 0),
+        logit_rows_R=extend(rows.index, num_rows, 0),
+        labels_R=extend(rows.labels, num_rows, 0),
+        weights_R=extend(rows.weights, num_rows, 0.0),
+        noise_levels_R=extend(rows.noise_levels, num_rows, 0.0),
+        row_sample_R=extend(sample_L[rows.index], num_rows, 0),
+        row_position_R=extend(in_sample_L[rows.index], num_rows, 0),
         num_rows=len(rows.index),
+        num_noisy=len(clean_L) if layout == "bdlm" else num_positions,
         denominator=rows.denominator,
         num_tokens=int((~padding_L).sum()),
         layout=layout,
@@ -227,9 +236,11 @@ def _counters(lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) - torch.repeat_interleave(starts, lengths)
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``number``."""
     return -(-number // multiple) * multiple
 
 
-def _extend(values: Tensor, size: int, fill: float) -> Tensor:
+def extend(values: Tensor, size: int, fill: float) -> Tensor:
+    """A vector with ``fill`` appended up to ``size`` entries."""
     return torch.nn.functional.pad(values, (0, size - len(values)), value=fill)

@@ -10,13 +10,15 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from llada_mega.models import mask_carrier
+from llada_mega.parallel.context import gather_keys
 
 
 class IntervalCoreAttention(MegatronModule):
     """Takes the place of Megatron's ``DotProductAttention`` in the layer spec.
 
     ``attention_mask`` must be a carrier made by :func:`llada_mega.models.mask_carrier.pack`; it holds the mask over all
-    S rows, the same for every element of the batch dimension.
+    S rows of this context-parallel rank, the same for every element of the batch dimension. Where it holds an exchange
+    too, keys and values are gathered over ``pg_collection.cp`` first, in every forward pass, recomputed ones included.
     """
 
     def __init__(
@@ -29,12 +31,13 @@ class IntervalCoreAttention(MegatronModule):
         backend: str = "auto",
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        pg_collection: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.backend = backend
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -47,7 +50,9 @@ class IntervalCoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> Tensor:
         """query ``[S, B, Hq, D]``, key and value ``[S, B, Hk, D]`` -> ``[S, B, Hq * D]``."""
-        mask = mask_carrier.unpack(attention_mask)
+        mask, exchange = mask_carrier.unpack(attention_mask)
+        if exchange is not None:
+            key, value = gather_keys(key, value, exchange, self.cp_group)
         output_BSHD = interval_attention(
             query.transpose(0, 1),
             key.transpose(0, 1),
