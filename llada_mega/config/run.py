@@ -25,13 +25,18 @@ class LaunchConfig:
 class ParallelConfig:
     """Sizes of the parallel groups; data parallelism is what remains of the world size."""
 
-    tp: int = 1
-    pp: int = 1
-    vp: Optional[int] = None
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-    sp: bool = False
+    tp: int = 1  # tensor parallelism
+    pp: int = 1  # pipeline stages
+    vp: Optional[int] = None  # model chunks a pipeline stage; null: one
+    num_layers_in_first_pipeline_stage: Optional[int] = None  # over all its chunks; null: as many as the others
+    num_layers_in_last_pipeline_stage: Optional[int] = None  # over all its chunks; null: as many as the others
+    cp: int = 1  # context parallelism
+    ep: int = 1  # expert parallelism
+    etp: int = 1  # tensor parallelism of the experts
+    sp: bool = False  # sequence parallelism: activations between the tensor-parallel layers are split too
     dispatcher: str = "alltoall"  # alltoall | allgather
     recompute: str = "none"  # none | selective | full
     distributed_optimizer: bool = False
+    overlap: bool = False  # gradient reduction and parameter gathering run beside the backward and forward pass
+    backend: str = "auto"  # auto | nccl | gloo; auto: nccl with CUDA
+    timeout_minutes: int = 30  # a collective that waits longer ends the run

@@ -7,8 +7,9 @@ what lies outside the configuration: files, directories and what this version ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
+from llada_mega.config.checks import at_least, divides, one_of, require
+from llada_mega.config.layout import check_batches, check_group_sizes, check_layout, data_parallel_size
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.schema import Config
 from llada_mega.config.training import ObjectiveConfig, StageConfig
@@ -34,7 +35,8 @@ def validate(config: Config, world_size: int | None = None) -> None:
     _check_model(config.model)
     if config.model.is_moe:
         _check_moe(config.model)
-    _check_parallel(config, world_size)
+    check_layout(config.model, config.parallel)
+    check_group_sizes(config.parallel, world_size)
     _check_data(config)
     _check_objective("objective", config.objective)
     _check_curriculum(config)
@@ -42,7 +44,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     _check_trainer(config, world_size)
     _check_validation(config, world_size)
     _check_checkpoint(config)
-    _one_of("logging.wandb_mode", config.logging.wandb_mode, ("offline", "online"))
+    one_of("logging.wandb_mode", config.logging.wandb_mode, ("offline", "online"))
 
 
 def validation_metrics(config: Config) -> list[str]:
@@ -52,48 +54,20 @@ def validation_metrics(config: Config) -> list[str]:
     return [f"valid/block_{block}/{name}" for block in blocks for name in names] + ["valid/ar_nll"]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _words(values: Sequence[object]) -> str:
-    head, last = [str(value) for value in values[:-1]], str(values[-1])
-    return f"{', '.join(head)} or {last}" if head else last
-
-
-def _one_of(key: str, value: object, choices: Sequence[object]) -> None:
-    _require(value in choices, f"{key}={value} is not a choice; use {_words(choices)}")
-
-
-def _at_least(minimum: float, **values: float | None) -> None:
-    """Each ``section__key=value`` (None passes) is at least ``minimum``."""
-    for name, value in values.items():
-        key = name.replace("__", ".")
-        _require(value is None or value >= minimum, f"{key}={value} is too small; use {minimum} or more")
-
-
-def _divides(key: str, value: int, other_key: str, other: int) -> None:
-    choices = [candidate for candidate in range(1, other + 1) if other % candidate == 0]
-    if len(choices) > 12:
-        choices = [candidate for candidate in choices if candidate & (candidate - 1) == 0]
-    _require(other % value == 0, f"{key}={value} does not divide {other_key}={other}; use {_words(choices)}")
-
-
 def _check_run(config: Config) -> None:
     name = config.run.name
-    _require(bool(name) and "/" not in name, f"run.name={name!r} must be a plain name; a directory goes into run.dir")
-    _require(bool(config.run.dir), "run.dir is empty; name the directory that the run writes to")
-    _require(0 <= config.seed < MAX_SEED, f"seed={config.seed} is out of range; use 0 to 2**56 - 1")
-    _at_least(1, launch__nproc=config.launch.nproc)
+    require(bool(name) and "/" not in name, f"run.name={name!r} must be a plain name; a directory goes into run.dir")
+    require(bool(config.run.dir), "run.dir is empty; name the directory that the run writes to")
+    require(0 <= config.seed < MAX_SEED, f"seed={config.seed} is out of range; use 0 to 2**56 - 1")
+    at_least(1, launch__nproc=config.launch.nproc)
 
 
 def _check_model(model: ModelConfig) -> None:
-    _one_of("model.architecture", model.architecture, list(ARCHITECTURES))
-    _one_of("model.attention_backend", model.attention_backend, ATTENTION_BACKENDS)
-    _one_of("model.implementation", model.implementation, ("auto", "local", "te"))
-    _at_least(0, model__moe__num_experts=model.moe.num_experts)
-    _at_least(
+    one_of("model.architecture", model.architecture, list(ARCHITECTURES))
+    one_of("model.attention_backend", model.attention_backend, ATTENTION_BACKENDS)
+    one_of("model.implementation", model.implementation, ("auto", "local", "te"))
+    at_least(0, model__moe__num_experts=model.moe.num_experts)
+    at_least(
         1,
         model__num_layers=model.num_layers,
         model__hidden_size=model.hidden_size,
@@ -102,20 +76,20 @@ def _check_model(model: ModelConfig) -> None:
         model__ffn_hidden_size=model.ffn_hidden_size,
         model__max_position_embeddings=model.max_position_embeddings,
     )
-    _at_least(2, model__head_dim=model.head_dim, model__vocab_size=model.vocab_size)
+    at_least(2, model__head_dim=model.head_dim, model__vocab_size=model.vocab_size)
     heads = ("model.num_attention_heads", model.num_attention_heads)
-    _divides("model.num_query_groups", model.num_query_groups, *heads)
-    _require(
+    divides("model.num_query_groups", model.num_query_groups, *heads)
+    require(
         model.head_dim % 2 == 0, f"model.head_dim={model.head_dim} is odd; rotary embeddings turn pairs of channels"
     )
     rotated = model.head_dim * model.rotary_percent
-    _require(
+    require(
         0 < model.rotary_percent <= 1 and rotated == int(rotated) and int(rotated) % 2 == 0,
         f"model.rotary_percent={model.rotary_percent} of model.head_dim={model.head_dim} is not an even number; "
         "use 1.0 or 0.5 and a head_dim that is a multiple of 4",
     )
     for key, number in (("rope_theta", model.rope_theta), ("norm_eps", model.norm_eps), ("init_std", model.init_std)):
-        _require(number > 0, f"model.{key}={number} must be positive")
+        require(number > 0, f"model.{key}={number} must be positive")
     _check_family(model)
     _check_special_tokens(model)
 
@@ -134,7 +108,7 @@ def _check_family(model: ModelConfig) -> None:
         )
     expected = ARCHITECTURES[model.architecture]
     for key, value, wanted in (("qk_norm", model.qk_norm, expected[0]), ("qkv_bias", model.qkv_bias, expected[1])):
-        _require(
+        require(
             value == wanted,
             f"model.{key}={str(value).lower()} does not fit model.architecture={model.architecture}; "
             f"set model.{key}={str(wanted).lower()} or another architecture",
@@ -147,11 +121,11 @@ def _check_special_tokens(model: ModelConfig) -> None:
         raise ConfigError(f"model.mask_token_id is null; name the id of the MASK token, below model.vocab_size={size}")
     for name in ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
         token = getattr(model, name)
-        _require(
+        require(
             token is None or 0 <= token < size,
             f"model.{name}={token} is outside the vocabulary; use 0 to {size - 1}, or raise model.vocab_size={size}",
         )
-        _require(
+        require(
             name == "mask_token_id" or token != model.mask_token_id,
             f"model.mask_token_id={model.mask_token_id} is also model.{name}; MASK needs a token of its own",
         )
@@ -159,137 +133,80 @@ def _check_special_tokens(model: ModelConfig) -> None:
 
 def _check_moe(model: ModelConfig) -> None:
     moe = model.moe
-    _at_least(
+    at_least(
         1,
         model__moe__top_k=moe.top_k,
         model__moe__num_groups=moe.num_groups,
         model__moe__group_top_k=moe.group_top_k,
         model__moe__expert_ffn_hidden_size=moe.expert_ffn_hidden_size,
     )
-    _at_least(
+    at_least(
         0,
         model__moe__shared_expert_ffn_hidden_size=moe.shared_expert_ffn_hidden_size,
         model__moe__first_dense_layers=moe.first_dense_layers,
         model__moe__bias_update_rate=moe.bias_update_rate,
     )
     scale = moe.routed_scaling_factor
-    _require(scale > 0, f"model.moe.routed_scaling_factor={scale} must be positive")
-    _require(
+    require(scale > 0, f"model.moe.routed_scaling_factor={scale} must be positive")
+    require(
         moe.first_dense_layers < model.num_layers,
         f"model.moe.first_dense_layers={moe.first_dense_layers} leaves no layer of model.num_layers={model.num_layers} "
         "for experts; lower it",
     )
-    _divides("model.moe.num_groups", moe.num_groups, "model.moe.num_experts", moe.num_experts)
-    _require(
+    divides("model.moe.num_groups", moe.num_groups, "model.moe.num_experts", moe.num_experts)
+    require(
         moe.group_top_k <= moe.num_groups,
         f"model.moe.group_top_k={moe.group_top_k} exceeds model.moe.num_groups={moe.num_groups}; lower it",
     )
-    _require(
+    require(
         moe.top_k <= moe.group_top_k * (moe.num_experts // moe.num_groups),
         f"model.moe.top_k={moe.top_k} exceeds the experts of {moe.group_top_k} groups of "
         f"{moe.num_experts // moe.num_groups}; lower it or raise model.moe.group_top_k",
     )
     # The published rule ranks a group by its two best experts; Megatron-Core takes top_k // group_top_k of them.
-    _require(
+    require(
         moe.num_groups == 1 or moe.top_k == 2 * moe.group_top_k,
         f"model.moe.top_k={moe.top_k} must be twice model.moe.group_top_k={moe.group_top_k}, as groups are ranked "
         f"by their two best experts; use top_k={2 * moe.group_top_k}, or num_groups=1 for no groups",
     )
 
 
-def _check_parallel(config: Config, world_size: int | None) -> None:
-    model, parallel = config.model, config.parallel
-    _at_least(
-        1,
-        parallel__tp=parallel.tp,
-        parallel__pp=parallel.pp,
-        parallel__vp=parallel.vp,
-        parallel__cp=parallel.cp,
-        parallel__ep=parallel.ep,
-        parallel__etp=parallel.etp,
-    )
-    _one_of("parallel.dispatcher", parallel.dispatcher, ("alltoall", "allgather"))
-    _one_of("parallel.recompute", parallel.recompute, ("none", "selective", "full"))
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        _divides("parallel.tp", parallel.tp, f"model.{key}", getattr(model, key))
-    _require(
-        not parallel.sp or parallel.tp > 1, "parallel.sp=true needs parallel.tp of 2 or more; set parallel.sp=false"
-    )
-    virtual = parallel.vp or 1
-    _require(
-        virtual == 1 or parallel.pp > 1,
-        f"parallel.vp={virtual} needs a pipeline, but parallel.pp=1; set parallel.vp=null or raise parallel.pp",
-    )
-    _require(
-        model.num_layers % (parallel.pp * virtual) == 0,
-        f"parallel.pp={parallel.pp} x parallel.vp={virtual} does not divide model.num_layers={model.num_layers}; "
-        "every stage needs the same number of layers",
-    )
-    if model.is_moe:
-        moe = model.moe
-        _divides("parallel.ep", parallel.ep, "model.moe.num_experts", moe.num_experts)
-        _divides("parallel.etp", parallel.etp, "model.moe.expert_ffn_hidden_size", moe.expert_ffn_hidden_size)
-        if moe.shared_expert_ffn_hidden_size:
-            shared = moe.shared_expert_ffn_hidden_size
-            _divides("parallel.tp", parallel.tp, "model.moe.shared_expert_ffn_hidden_size", shared)
-        _require(
-            parallel.tp == 1 or parallel.sp,
-            f"parallel.tp={parallel.tp} with experts needs sequence parallelism; set parallel.sp=true",
-        )
-    else:
-        experts_only = parallel.ep == parallel.etp == 1
-        split = f"parallel.ep={parallel.ep} parallel.etp={parallel.etp}"
-        _require(experts_only, f"{split} split experts, and the model has none; set both to 1")
-    if world_size is not None:
-        dense, sparse = parallel.tp * parallel.pp * parallel.cp, parallel.etp * parallel.ep * parallel.pp
-        _require(
-            world_size % dense == 0,
-            f"parallel.tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} = {dense} does not divide the "
-            f"{world_size} processes of this run; start a multiple of {dense}",
-        )
-        _require(
-            world_size % sparse == 0,
-            f"parallel.etp={parallel.etp} x ep={parallel.ep} x pp={parallel.pp} = {sparse} does not divide the "
-            f"{world_size} processes of this run; start a multiple of {sparse}",
-        )
-
-
 def _check_data(config: Config) -> None:
     data, model = config.data, config.model
-    _at_least(2, data__sequence_length=data.sequence_length)
-    _at_least(1, data__document_alignment=data.document_alignment)
-    _at_least(0, data__num_workers=data.num_workers)
-    _divides("data.document_alignment", data.document_alignment, "data.sequence_length", data.sequence_length)
-    _require(
+    at_least(2, data__sequence_length=data.sequence_length)
+    at_least(1, data__document_alignment=data.document_alignment)
+    at_least(0, data__num_workers=data.num_workers)
+    divides("data.document_alignment", data.document_alignment, "data.sequence_length", data.sequence_length)
+    require(
         data.sequence_length <= model.max_position_embeddings,
         f"data.sequence_length={data.sequence_length} exceeds "
         f"model.max_position_embeddings={model.max_position_embeddings}; shorten it",
     )
-    _one_of("data.block_origin", data.block_origin, ("document", "sequence"))
-    _one_of("data.clean_tokens", data.clean_tokens, ("needed", "all"))
+    one_of("data.block_origin", data.block_origin, ("document", "sequence"))
+    one_of("data.clean_tokens", data.clean_tokens, ("needed", "all"))
     fraction = data.valid_fraction
-    _require(0 <= fraction <= 0.5, f"data.valid_fraction={fraction} is out of range; use 0 to 0.5")
+    require(0 <= fraction <= 0.5, f"data.valid_fraction={fraction} is out of range; use 0 to 0.5")
     blends = {"data.train": data.train, "data.valid": data.valid}
     blends |= {f"curriculum.stages.{i}.data": stage.data or [] for i, stage in enumerate(config.curriculum.stages)}
     for key, blend in blends.items():
         for index, corpus in enumerate(blend):
-            _require(bool(corpus.path), f"{key}.{index}.path is empty; give the prefix of a .bin/.idx pair")
-            _require(
+            require(bool(corpus.path), f"{key}.{index}.path is empty; give the prefix of a .bin/.idx pair")
+            require(
                 corpus.weight > 0,
                 f"{key}.{index}.weight={corpus.weight} must be positive; leave the corpus out instead",
             )
-    _require(
+    require(
         bool(data.train) or all(stage.data for stage in config.curriculum.stages),
         "data.train is empty; give data.train=PREFIX, made with `llada-mega data build`",
     )
 
 
 def _check_objective(key: str, objective: ObjectiveConfig) -> None:
-    _one_of(f"{key}.weighting", objective.weighting, ("elbo", "uniform"))
-    _one_of(f"{key}.schedule", objective.schedule, ("linear", "cosine"))
-    _one_of(f"{key}.level", objective.level, ("sequence", "document", "block"))
+    one_of(f"{key}.weighting", objective.weighting, ("elbo", "uniform"))
+    one_of(f"{key}.schedule", objective.schedule, ("linear", "cosine"))
+    one_of(f"{key}.level", objective.level, ("sequence", "document", "block"))
     low, high = objective.t_min, objective.t_max
-    _require(
+    require(
         0 <= low < high <= 1,
         f"{key}.t_min={low} {key}.t_max={high} is no range of mask levels; use 0 <= t_min < t_max <= 1",
     )
@@ -297,7 +214,7 @@ def _check_objective(key: str, objective: ObjectiveConfig) -> None:
 
 def _check_curriculum(config: Config) -> None:
     stages = config.curriculum.stages
-    _require(
+    require(
         bool(stages), "curriculum.stages is empty; choose a curriculum, as in curriculum=direct, or list the stages"
     )
     for index, stage in enumerate(stages):
@@ -306,10 +223,10 @@ def _check_curriculum(config: Config) -> None:
 
 def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
     length = config.data.sequence_length
-    _require(bool(stage.name), f"{key}.name is empty; name the stage")
-    _require(stage.tokens > 0, f"{key}.tokens={stage.tokens} trains on nothing; give the stage's data tokens")
+    require(bool(stage.name), f"{key}.name is empty; name the stage")
+    require(stage.tokens > 0, f"{key}.tokens={stage.tokens} trains on nothing; give the stage's data tokens")
     _check_block_size(f"{key}.block_size", stage.block_size, config)
-    _require(
+    require(
         stage.sequence_length in (None, length),
         f"{key}.sequence_length={stage.sequence_length} differs from data.sequence_length={length}; packing cannot "
         "change within a run: leave it null, or continue in a new run",
@@ -317,22 +234,22 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
     if stage.objective is not None:
         _check_objective(f"{key}.objective", stage.objective.over(config.objective))
     lr = stage.lr
-    _one_of(f"{key}.lr.shape", lr.shape, ("constant", "linear", "cosine", "1-sqrt"))
+    one_of(f"{key}.lr.shape", lr.shape, ("constant", "linear", "cosine", "1-sqrt"))
     for name in ("start", "peak", "end", "warmup_tokens"):
-        _require(getattr(lr, name) >= 0, f"{key}.lr.{name}={getattr(lr, name)} is negative; use 0 or more")
-    _require(
+        require(getattr(lr, name) >= 0, f"{key}.lr.{name}={getattr(lr, name)} is negative; use 0 or more")
+    require(
         lr.shape != "constant" or lr.end in (1.0, lr.peak),
         f"{key}.lr.end={lr.end} has no effect with shape=constant; use linear, cosine or 1-sqrt",
     )
-    _require(
+    require(
         lr.warmup_tokens <= stage.tokens,
         f"{key}.lr.warmup_tokens={lr.warmup_tokens} exceeds {key}.tokens={stage.tokens}; shorten the warm-up",
     )
     noise = stage.embedding_noise
-    _require(
+    require(
         noise.decay_tokens >= 0, f"{key}.embedding_noise.decay_tokens={noise.decay_tokens} is negative; use 0 for none"
     )
-    _require(
+    require(
         noise.std is None or noise.std >= 0,
         f"{key}.embedding_noise.std={noise.std} is negative; use null for the embedding table's own",
     )
@@ -340,12 +257,12 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
 
 def _check_block_size(key: str, block_size: int, config: Config) -> None:
     length = config.data.sequence_length
-    _require(
+    require(
         1 <= block_size <= length,
         f"{key}={block_size} does not fit data.sequence_length={length}; use 1 to {length} (one block a document)",
     )
     if config.data.block_origin == "sequence":
-        _require(
+        require(
             length % block_size == 0,
             f"{key}={block_size} does not divide data.sequence_length={length}, as data.block_origin=sequence needs; "
             "change either, or set data.block_origin=document",
@@ -354,48 +271,43 @@ def _check_block_size(key: str, block_size: int, config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
-    _require(0 < optimizer.lr < math.inf, f"optimizer.lr={optimizer.lr} must be a positive number")
-    _require(
+    require(0 < optimizer.lr < math.inf, f"optimizer.lr={optimizer.lr} must be a positive number")
+    require(
         0 <= optimizer.min_lr <= optimizer.lr,
         f"optimizer.min_lr={optimizer.min_lr} is not between 0 and optimizer.lr={optimizer.lr}; lower it",
     )
     for key in ("beta1", "beta2"):
         beta = getattr(optimizer, key)
-        _require(0 <= beta < 1, f"optimizer.{key}={beta} is out of range; use 0 <= {key} < 1")
-    _require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be positive")
-    _at_least(0, optimizer__weight_decay=optimizer.weight_decay, optimizer__clip_grad=optimizer.clip_grad)
+        require(0 <= beta < 1, f"optimizer.{key}={beta} is out of range; use 0 <= {key} < 1")
+    require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be positive")
+    at_least(0, optimizer__weight_decay=optimizer.weight_decay, optimizer__clip_grad=optimizer.clip_grad)
 
 
 def _check_trainer(config: Config, world_size: int | None) -> None:
-    trainer, parallel = config.trainer, config.parallel
-    _one_of("trainer.dtype", trainer.dtype, ("float32", "bfloat16"))
-    _at_least(
+    trainer = config.trainer
+    one_of("trainer.dtype", trainer.dtype, ("float32", "bfloat16"))
+    at_least(
         1,
         trainer__max_steps=trainer.max_steps,
         trainer__global_batch_size=trainer.global_batch_size,
         trainer__micro_batch_size=trainer.micro_batch_size,
         trainer__log_every=trainer.log_every,
     )
-    ranks = (world_size or 1) // (parallel.tp * parallel.pp * parallel.cp) or 1
-    unit = trainer.micro_batch_size * ranks
-    _require(
-        trainer.global_batch_size % unit == 0,
-        f"trainer.global_batch_size={trainer.global_batch_size} is no multiple of trainer.micro_batch_size="
-        f"{trainer.micro_batch_size} x {ranks} data-parallel ranks; use a multiple of {unit}",
-    )
+    at_least(0, trainer__consistency_every=trainer.consistency_every)
+    check_batches(trainer, config.parallel, world_size)
     stability = trainer.stability
     for key in ("nonfinite", "spike"):
-        _one_of(f"trainer.stability.{key}", getattr(stability, key), ("stop", "skip", "warn"))
+        one_of(f"trainer.stability.{key}", getattr(stability, key), ("stop", "skip", "warn"))
     factor = stability.spike_factor
-    _require(factor > 1, f"trainer.stability.spike_factor={factor} would call every step a spike; use more than 1")
-    _at_least(2, trainer__stability__spike_window=stability.spike_window)
-    _at_least(0, trainer__stability__max_skipped=stability.max_skipped)
+    require(factor > 1, f"trainer.stability.spike_factor={factor} would call every step a spike; use more than 1")
+    at_least(2, trainer__stability__spike_window=stability.spike_window)
+    at_least(0, trainer__stability__max_skipped=stability.max_skipped)
 
 
 def _check_validation(config: Config, world_size: int | None) -> None:
     validation, data = config.trainer.validation, config.data
-    _at_least(0, trainer__validation__every=validation.every)
-    _at_least(
+    at_least(0, trainer__validation__every=validation.every)
+    at_least(
         1,
         trainer__validation__windows=validation.windows,
         trainer__validation__noise_levels=validation.noise_levels,
@@ -404,17 +316,16 @@ def _check_validation(config: Config, world_size: int | None) -> None:
     if validation.every == 0:
         return
     if world_size is not None:
-        parallel = config.parallel
-        ranks = world_size // (parallel.tp * parallel.pp * parallel.cp)
-        _require(
+        ranks = data_parallel_size(config.parallel, world_size)
+        require(
             validation.windows % ranks == 0,
             f"trainer.validation.windows={validation.windows} do not split over {ranks} data-parallel ranks; "
             f"use a multiple of {ranks}",
         )
-    _require(bool(validation.block_sizes), "trainer.validation.block_sizes is empty; give at least one, or set every=0")
+    require(bool(validation.block_sizes), "trainer.validation.block_sizes is empty; give at least one, or set every=0")
     for index, block_size in enumerate(validation.block_sizes):
         _check_block_size(f"trainer.validation.block_sizes.{index}", block_size, config)
-    _require(
+    require(
         bool(data.valid) or data.valid_fraction > 0,
         f"trainer.validation.every={validation.every} has nothing to read; set data.valid or data.valid_fraction",
     )
@@ -422,19 +333,19 @@ def _check_validation(config: Config, world_size: int | None) -> None:
 
 def _check_checkpoint(config: Config) -> None:
     checkpoint = config.checkpoint
-    _at_least(0, checkpoint__every=checkpoint.every, checkpoint__keep_best=checkpoint.keep_best)
-    _at_least(1, checkpoint__keep_last=checkpoint.keep_last)
-    _require(bool(checkpoint.resume), "checkpoint.resume is empty; use auto, never or the path of a checkpoint")
+    at_least(0, checkpoint__every=checkpoint.every, checkpoint__keep_best=checkpoint.keep_best)
+    at_least(1, checkpoint__keep_last=checkpoint.keep_last)
+    require(bool(checkpoint.resume), "checkpoint.resume is empty; use auto, never or the path of a checkpoint")
     if checkpoint.keep_best == 0:
         return
-    _require(
+    require(
         config.trainer.validation.every > 0,
         f"checkpoint.keep_best={checkpoint.keep_best} needs validation; set trainer.validation.every",
     )
     every = config.trainer.validation.every
-    _require(
+    require(
         checkpoint.every > 0 and checkpoint.every % every == 0,
         f"checkpoint.keep_best={checkpoint.keep_best} needs a validation at every checkpoint, but checkpoint.every="
         f"{checkpoint.every} is no multiple of trainer.validation.every={every}; set checkpoint.every={every}",
     )
-    _one_of("checkpoint.best_metric", checkpoint.best_metric, validation_metrics(config))
+    one_of("checkpoint.best_metric", checkpoint.best_metric, validation_metrics(config))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from llada_mega.parallel.groups import (
     ParallelGroups,
-    check_sizes,
     current_groups,
     destroy,
     ensure_single_process,
     initialize,
+    rank_name,
 )
 
-__all__ = ["ParallelGroups", "check_sizes", "current_groups", "destroy", "ensure_single_process", "initialize"]
+__all__ = ["ParallelGroups", "current_groups", "destroy", "ensure_single_process", "initialize", "rank_name"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from llada_mega.config.layout import check_group_sizes
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
 from llada_mega.parallel import cpu_runtime
+
+COORDINATES = ("dp", "pp", "cp", "tp", "ep")
 
 _groups: ParallelGroups | None = None
 _owns_world = False
@@ -42,6 +46,14 @@ class ParallelGroups:
     device: torch.device
 
     @property
+    def coordinates(self) -> dict[str, int]:
+        """Place of this rank in the layout: its rank in dp, pp, cp, tp and ep."""
+        return {name: getattr(self, name).rank() for name in COORDINATES}
+
+    def __str__(self) -> str:
+        return rank_name(self.rank, self.coordinates)
+
+    @property
     def is_first_stage(self) -> bool:
         """True on the ranks that hold the embedding."""
         return self.pp.rank() == 0
@@ -62,12 +74,16 @@ class ParallelGroups:
         return dist.get_world_size()
 
 
-def initialize(parallel: ParallelConfig, backend: str | None = None, seed: int = 1234) -> ParallelGroups:
+def rank_name(rank: int, coordinates: Mapping[str, int]) -> str:
+    """How messages name a rank: ``rank 5 (dp 1, pp 0, cp 1, tp 0, ep 1)``."""
+    return f"rank {rank} ({', '.join(f'{name} {place}' for name, place in coordinates.items())})"
+
+
+def initialize(parallel: ParallelConfig, seed: int = 1234) -> ParallelGroups:
     """Create the process groups, from torchrun's environment or, without one, for this process alone.
 
     Args:
-        parallel: sizes of the groups.
-        backend: "nccl" or "gloo"; default nccl with CUDA, else gloo.
+        parallel: sizes of the groups, backend and timeout.
         seed: of Megatron's generators. Nothing in this project draws from them: dropout is zero, initial weights and
             noise have their own counters.
 
@@ -85,19 +101,27 @@ def initialize(parallel: ParallelConfig, backend: str | None = None, seed: int =
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    check_sizes(parallel, world_size)
+    check_group_sizes(parallel, world_size)
     device = _device()
     if not dist.is_initialized():
-        _init_world(backend or ("nccl" if device.type == "cuda" else "gloo"), world_size)
+        _init_world(parallel, device, world_size)
         _owns_world = True
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vp,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp,
-    )
+    try:
+        # Megatron's default order, tp fastest, then cp, ep, dp, pp; given here because the layout of checkpoints and
+        # the meaning of "neighbour" hang on it.
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vp,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=parallel.etp,
+            order="tp-cp-ep-dp-pp",
+            distributed_timeout_minutes=parallel.timeout_minutes,
+        )
+    except BaseException:
+        _destroy_world()
+        raise
     model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     names = ("tp", "pp", "cp", "ep", "dp", "dp_cp", "tp_dp_cp", "expt_tp", "expt_dp", "mp")
@@ -127,45 +151,21 @@ def current_groups() -> ParallelGroups:
 
 def destroy() -> None:
     """Undo :func:`initialize`; harmless when there is nothing to undo."""
-    global _groups, _owns_world
+    global _groups
     if _groups is None:
         return
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     _groups = None
+    _destroy_world()
+
+
+def _destroy_world() -> None:
+    global _owns_world
     if _owns_world and dist.is_initialized():
         dist.destroy_process_group()
     _owns_world = False
-
-
-def check_sizes(parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse group sizes that cannot be laid out over ``world_size`` processes.
-
-    Raises:
-        ConfigError: naming the keys, the values and a fix.
-    """
-    for name in ("tp", "pp", "cp", "ep", "etp"):
-        if getattr(parallel, name) < 1:
-            raise ConfigError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
-    if parallel.cp > 1:
-        raise ConfigError(f"parallel.cp={parallel.cp}: context parallelism is not supported yet; use parallel.cp=1")
-    model_size = parallel.tp * parallel.pp * parallel.cp
-    if world_size % model_size:
-        raise ConfigError(
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp} = {model_size} "
-            f"does not divide the number of processes {world_size}; start a multiple of {model_size} processes"
-        )
-    expert_size = parallel.etp * parallel.ep * parallel.pp
-    if world_size % expert_size:
-        raise ConfigError(
-            f"parallel.etp={parallel.etp} x parallel.ep={parallel.ep} x parallel.pp={parallel.pp} = {expert_size} "
-            f"does not divide the number of processes {world_size}; lower parallel.ep or start more processes"
-        )
-    if parallel.vp is not None and parallel.pp == 1:
-        raise ConfigError(f"parallel.vp={parallel.vp} needs parallel.pp > 1; leave parallel.vp null")
-    if parallel.sp and parallel.tp == 1:
-        raise ConfigError("parallel.sp=true needs parallel.tp > 1; set parallel.sp=false")
 
 
 def _device() -> torch.device:
@@ -176,8 +176,18 @@ def _device() -> torch.device:
     return device
 
 
-def _init_world(backend: str, world_size: int) -> None:
-    timeout = timedelta(minutes=30)
+def _init_world(parallel: ParallelConfig, device: torch.device, world_size: int) -> None:
+    backend = parallel.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    elif backend == "nccl" and device.type != "cuda":
+        raise ConfigError("parallel.backend=nccl needs a CUDA device; set parallel.backend=auto or gloo")
+    if backend == "gloo" and parallel.etp > 1 and parallel.dispatcher == "alltoall":
+        raise ConfigError(
+            f"parallel.etp={parallel.etp} with parallel.dispatcher=alltoall needs NCCL: gloo gathers only tensors of "
+            "one size; set parallel.dispatcher=allgather or parallel.etp=1"
+        )
+    timeout = timedelta(minutes=parallel.timeout_minutes)
     if world_size > 1 or "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

@@ -1,15 +1,18 @@
-"""Process groups of a single process, and the refusal of layouts that cannot be."""
+"""Process groups of one process and of eight, their names and sizes, and the refusal of layouts that cannot be."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
-from llada_mega.parallel import check_sizes, current_groups, destroy, ensure_single_process, initialize
+from llada_mega.parallel import current_groups, destroy, ensure_single_process, initialize
+from tests.parallel.harness import run_ranks
 
 pytestmark = pytest.mark.latest
 
@@ -58,22 +61,59 @@ def test_groups_are_made_once() -> None:
         initialize(ParallelConfig())
 
 
-@pytest.mark.parametrize(
-    ("sizes", "world_size", "message"),
-    [
-        ({"tp": 3}, 8, r"parallel\.tp=3 .* = 3 does not divide the number of processes 8; start a multiple of 3"),
-        ({"tp": 2, "pp": 2}, 1, "= 4 does not divide the number of processes 1; start a multiple of 4 processes"),
-        ({"ep": 4}, 2, r"parallel\.ep=4 .* = 4 does not divide the number of processes 2; lower parallel\.ep"),
-        ({"cp": 2}, 2, r"parallel\.cp=2: context parallelism is not supported yet; use parallel\.cp=1"),
-        ({"vp": 2}, 1, r"parallel\.vp=2 needs parallel\.pp > 1; leave parallel\.vp null"),
-        ({"sp": True}, 1, r"parallel\.sp=true needs parallel\.tp > 1; set parallel\.sp=false"),
-        ({"tp": 0}, 1, r"parallel\.tp=0 must be at least 1"),
-    ],
-)
-def test_impossible_layouts_say_how_to_mend_them(sizes: dict[str, int], world_size: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_sizes(ParallelConfig(**sizes), world_size)  # type: ignore[arg-type]
+def test_initialize_refuses_a_layout_that_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="parallel.tp=2 x pp=2 x cp=1 = 4 does not divide the 1 processes"):
+        initialize(ParallelConfig(tp=2, pp=2))
+    with pytest.raises(ConfigError, match=r"parallel\.etp=1 x ep=4 x pp=1 = 4 does not divide the 1 processes"):
+        initialize(ParallelConfig(ep=4))
+    assert not dist.is_initialized()
 
 
-def test_possible_layouts_pass() -> None:
-    check_sizes(ParallelConfig(tp=2, pp=2, ep=4, sp=True), 16)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals without CUDA")
+def test_initialize_refuses_a_backend_that_cannot_work() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.backend=nccl needs a CUDA device; set parallel\.backend=auto"):
+        initialize(ParallelConfig(backend="nccl"))
+    assert not dist.is_initialized()
+
+
+def places(parallel: ParallelConfig) -> dict[str, Any]:
+    """What one rank knows of its place: its name and the ranks of its groups."""
+    groups = initialize(parallel)
+    names = ("dp", "pp", "cp", "tp", "ep", "dp_cp", "tp_dp_cp", "expt_tp", "expt_dp", "mp")
+    members = {name: dist.get_process_group_ranks(getattr(groups, name)) for name in names}
+    named = str(groups)
+    destroy()
+    return {"name": named, "members": members, "world_left": dist.is_initialized()}
+
+
+def test_dense_groups_are_laid_out_tensor_fastest_and_pipeline_slowest() -> None:
+    ranks = run_ranks(places, 8, parallel=ParallelConfig(tp=2, cp=2, pp=2, sp=True))
+    assert [rank["name"] for rank in ranks[:6]] == [
+        "rank 0 (dp 0, pp 0, cp 0, tp 0, ep 0)",
+        "rank 1 (dp 0, pp 0, cp 0, tp 1, ep 0)",
+        "rank 2 (dp 0, pp 0, cp 1, tp 0, ep 0)",
+        "rank 3 (dp 0, pp 0, cp 1, tp 1, ep 0)",
+        "rank 4 (dp 0, pp 1, cp 0, tp 0, ep 0)",
+        "rank 5 (dp 0, pp 1, cp 0, tp 1, ep 0)",
+    ]
+    assert ranks[5]["members"] == {
+        "dp": [5],
+        "pp": [1, 5],
+        "cp": [5, 7],
+        "tp": [4, 5],
+        "ep": [5],
+        "dp_cp": [5, 7],
+        "tp_dp_cp": [4, 5, 6, 7],
+        "expt_tp": [5],
+        "expt_dp": [4, 5, 6, 7],
+        "mp": [0, 1, 4, 5],
+    }
+    assert not any(rank["world_left"] for rank in ranks)
+
+
+def test_expert_groups_share_ranks_with_data_context_and_tensor_parallelism() -> None:
+    ranks = run_ranks(places, 8, parallel=ParallelConfig(tp=2, cp=2, ep=2, etp=2, dispatcher="allgather", sp=True))
+    assert ranks[5]["name"] == "rank 5 (dp 1, pp 0, cp 0, tp 1, ep 0)"
+    members = ranks[5]["members"]
+    assert (members["expt_tp"], members["ep"], members["expt_dp"]) == ([4, 5], [5, 7], [1, 5])
+    assert (members["tp"], members["cp"], members["dp"]) == ([4, 5], [5, 7], [1, 5])
