@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from llada_mega.models.model import BlockDiffusionModel
-from llada_mega.models.naming import global_names, is_vocabulary, local_slice
+from llada_mega.models.naming import (
+    global_names,
+    is_vocabulary,
+    local_slice,
+    split_dimension,
+    tensor_parallel_group,
+)
 
 
 @torch.no_grad()
@@ -31,9 +37,9 @@ def initialize_weights(model: BlockDiffusionModel, seed: int) -> None:
 
 def _draw(model: BlockDiffusionModel, name: str, parameter: Tensor, seed: int) -> Tensor:
     shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        group = model.groups.expt_tp if ".local_experts." in name else model.groups.tp
-        shape[parameter.partition_dim] *= group.size()  # type: ignore[attr-defined]
+    dimension = split_dimension(name)
+    if dimension is not None:
+        shape[dimension] *= tensor_parallel_group(model, name).size()
     if is_vocabulary(name):
         shape[0] = model.model_config.vocab_size
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -1,11 +1,10 @@
-"""Layer specs: Megatron's local modules, our norm, attention and router, and checkpoint keys of the TE spec."""
+"""Layer specs: Megatron's or TransformerEngine's modules, our attention and router, one set of checkpoint keys."""
 
 from __future__ import annotations
 
 import functools
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,39 +19,46 @@ from megatron.core.transformer.transformer_layer import (
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.models.attention import IntervalCoreAttention
-from llada_mega.models.norm import RMSNorm
+from llada_mega.models.layer_modules import LOCAL, LayerModules, te_modules
 from llada_mega.models.router import BalancedRouter
 from llada_mega.parallel import megatron_compat
 
 # TransformerEngine fuses a norm into the linear layer behind it, and names its weight accordingly. Checkpoints use
 # those names whatever the implementation. A MoE layer's second norm feeds the router too, so TE leaves it alone.
-_ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-_DENSE_KEYS = {**_ATTENTION_KEYS, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+ATTENTION_NORM = ("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+DENSE_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
-def layer_spec(model: ModelConfig, layer_index: int) -> ModuleSpec:
+def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules = LOCAL) -> ModuleSpec:
     """Spec of the transformer layer with the 0-based global ``layer_index``."""
     is_moe = model.is_moe_layer(layer_index)
-    qk_norm = RMSNorm if model.qk_norm else IdentityOp
+    is_fused = modules.norm_column is not None
+    qk_norm = modules.norm if model.qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=modules.norm_column if is_fused else modules.column,
         core_attention=functools.partial(IntervalCoreAttention, backend=model.attention_backend),
-        linear_proj=RowParallelLinear,
+        linear_proj=modules.row,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
+    if is_moe:
+        experts = (modules.grouped_column, modules.grouped_row) if modules.grouped_column else None
+        mlp = megatron_compat.moe_mlp(BalancedRouter, modules.column, modules.row, experts)
+    else:
+        mlp = megatron_compat.dense_mlp(modules.norm_column if is_fused else modules.column, modules.row)
+    separate_norms = [] if is_fused else [ATTENTION_NORM] if is_moe else [ATTENTION_NORM, DENSE_NORM]
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=IdentityOp if is_fused else modules.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=megatron_compat.moe_mlp(BalancedRouter) if is_moe else megatron_compat.dense_mlp(),
+            pre_mlp_layernorm=IdentityOp if is_fused and not is_moe else modules.norm,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(_ATTENTION_KEYS if is_moe else _DENSE_KEYS),
+            sharded_state_dict_keys_map=dict(separate_norms),
         ),
     )
 
@@ -66,7 +72,8 @@ def block_spec(
     model: ModelConfig, config: TransformerConfig, pp_rank: int, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Specs of the layers on this pipeline stage (of this model chunk) and of the final norm."""
+    modules = te_modules() if config.transformer_impl == "transformer_engine" else LOCAL
     first = layer_offset(config, pp_rank, vp_stage)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layers = [layer_spec(model, layer) for layer in range(first, first + count)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    layers = [layer_spec(model, layer, modules) for layer in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=modules.norm)

@@ -85,6 +85,7 @@ class BlockDiffusionModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and model_config.tie_embeddings,
                 tp_group=groups.tp,
             )
+        self.register_load_state_dict_post_hook(_want_no_extra_state)
 
     def _set_attention_backend(self) -> None:
         """Megatron chooses TransformerEngine's attention here, through environment variables; ours reads none."""
@@ -150,9 +151,13 @@ class BlockDiffusionModel(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's sharded state with the keys of its TransformerEngine spec: one key a layer, experts on an axis."""
+        """Megatron's sharded state with the keys of its TransformerEngine spec: one key a layer, experts on an axis.
+
+        Without the ``_extra_state`` of its modules: pickled FP8 scales in TransformerEngine's, nothing in Megatron's.
+        """
         metadata = {**(metadata or {}), "non_homogeneous_layers": True, "singleton_local_shards": False}
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in state.items() if "._extra_state" not in key}
 
     def _local_padding(self, padding_mask_BS: Tensor | None) -> Tensor | None:
         """The part of the padding mask that belongs to this rank's slice of the sequence; None in a dense model."""
@@ -169,3 +174,9 @@ class BlockDiffusionModel(LanguageModule):
             )
         hidden_NH = hidden_SBH.transpose(0, 1).flatten(0, 1)
         return hidden_NH if rows_R is None else hidden_NH.index_select(0, rows_R)
+
+
+def _want_no_extra_state(model: torch.nn.Module, incompatible_keys: Any) -> None:
+    """Strict loading does not ask for what :meth:`BlockDiffusionModel.sharded_state_dict` leaves out."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.endswith("._extra_state")]

@@ -1,6 +1,7 @@
 """Parameter names and shards: from this rank's names and slices to those of the whole model, and back.
 
-The whole model's names are the ``state_dict`` names of a single process: layers and experts counted globally.
+The whole model's names are the ``state_dict`` names of a single process with Megatron's own modules: layers and experts
+counted globally, norms apart from linear layers. TransformerEngine's modules hold some tensors under other names.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ import re
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from llada_mega.models.layer_spec import layer_offset
+from llada_mega.models.layer_spec import ATTENTION_NORM, DENSE_NORM, layer_offset
 from llada_mega.models.model import BlockDiffusionModel
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
 _EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)")
+_GROUPED_EXPERT = re.compile(r"(\.experts\.)(linear_fc[12]\.weight)(\d+)$")
+_COLUMN_PARALLEL = re.compile(r"\.(linear_qkv\.(weight|bias)|linear_fc1\.weight)$")
+_ROW_PARALLEL = re.compile(r"\.(linear_proj|linear_fc2)\.weight$")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -30,6 +35,9 @@ def global_names(model: BlockDiffusionModel) -> dict[str, str]:
     def whole(name: str) -> str:
         if name == _OUTPUT and model.model_config.tie_embeddings:
             return _EMBEDDING
+        for separate, fused in (ATTENTION_NORM, DENSE_NORM):
+            name = name.replace(fused, separate)
+        name = _GROUPED_EXPERT.sub(r"\1local_experts.\3.\2", name)
         name = _LAYER.sub(lambda match: f"{match[1]}{int(match[2]) + first_layer}{match[3]}", name)
         return _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name)
 
@@ -43,21 +51,35 @@ def local_slice(model: BlockDiffusionModel, name: str, parameter: Tensor, whole:
 
     Args:
         name: the tensor's name in the whole model.
-        parameter: this rank's parameter or buffer, with Megatron's tensor-parallel attributes.
+        parameter: this rank's parameter or buffer.
         whole: the same tensor of the whole model.
     """
-    is_expert = ".local_experts." in name
-    group = model.groups.expt_tp if is_expert else model.groups.tp
+    dimension, group = split_dimension(name), tensor_parallel_group(model, name)
     if is_vocabulary(name):
         missing = parameter.shape[0] * group.size() - whole.shape[0]
         if missing:
             whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
-    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+    if group.size() == 1 or dimension is None:
         return whole
     if name.endswith("linear_fc1.weight"):  # [gate; up], each split over the ranks
         gate, up = whole.chunk(2)
         return torch.cat([half.chunk(group.size())[group.rank()] for half in (gate, up)])
-    return whole.chunk(group.size(), dim=parameter.partition_dim)[group.rank()]  # type: ignore[attr-defined]
+    return whole.chunk(group.size(), dim=dimension)[group.rank()]
+
+
+def split_dimension(name: str) -> int | None:
+    """The dimension that tensor parallelism splits, from the name in the whole model; None: every rank has all.
+
+    Not from Megatron's attributes of the parameter: TransformerEngine's grouped experts lack them.
+    """
+    if is_vocabulary(name) or _COLUMN_PARALLEL.search(name):
+        return 0
+    return 1 if _ROW_PARALLEL.search(name) else None
+
+
+def tensor_parallel_group(model: BlockDiffusionModel, name: str) -> ProcessGroup:
+    """The ranks that share the tensor with this name in the whole model."""
+    return model.groups.expt_tp if ".local_experts." in name else model.groups.tp
 
 
 def is_vocabulary(name: str) -> bool:

@@ -15,16 +15,17 @@ from typing import Any
 with warnings.catch_warnings():  # "Apex is not installed" and the like: llada-mega doctor says what is missing
     warnings.simplefilter("ignore")
     import megatron.core
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
-    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe import experts as moe_experts
+    from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 VERSION: tuple[int, int] = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])  # type: ignore[assignment]
 SPECS_ARE_CALLABLES = hasattr(MLP, "as_mlp_submodule")
+GroupedSubmodules: Any = getattr(moe_experts, "GroupedMLPSubmodules", MLPSubmodules)
 
 
 def transformer_config(**fields: Any) -> TransformerConfig:
@@ -35,29 +36,32 @@ def transformer_config(**fields: Any) -> TransformerConfig:
         return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
 
 
-def _linears() -> MLPSubmodules:
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-
-
-def dense_mlp() -> Any:
-    """Spec of a dense MLP made of Megatron's local linear layers."""
+def dense_mlp(column: Any, row: Any) -> Any:
+    """Spec of a dense MLP made of the linear layers ``column`` (which may hold the norm before it) and ``row``."""
+    submodules = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     if SPECS_ARE_CALLABLES:
-        return functools.partial(MLP.as_mlp_submodule, submodules=_linears())
-    return ModuleSpec(module=MLP, submodules=_linears())
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def moe_mlp(router: Callable[..., Any]) -> Any:
-    """Spec of an MoE layer with sequential experts, a shared expert where the config has one, and our router."""
+def moe_mlp(router: Callable[..., Any], column: Any, row: Any, grouped: tuple[Any, Any] | None = None) -> Any:
+    """Spec of an MoE layer with our router and, where the config has one, a shared expert.
+
+    Args:
+        router: class of the router.
+        column, row: linear layers of the shared expert and of each routed one.
+        grouped: linear layers that hold all local experts, in place of one module an expert.
+    """
+    one = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    if grouped is None:
+        experts = _builder(SequentialMLP, one)
+    else:
+        experts = _builder(TEGroupedMLP, GroupedSubmodules(linear_fc1=grouped[0], linear_fc2=grouped[1]))
+    shared_experts = _builder(SharedExpertMLP, one)
+    return _builder(MoELayer, MoESubmodules(experts=experts, shared_experts=shared_experts, router=router))
+
+
+def _builder(module: Any, submodules: Any) -> Any:
     if SPECS_ARE_CALLABLES:
-        submodules = MoESubmodules(
-            experts=functools.partial(SequentialMLP, submodules=_linears()),
-            shared_experts=functools.partial(SharedExpertMLP, submodules=_linears()),
-            router=router,
-        )
-        return functools.partial(MoELayer, submodules=submodules)
-    submodules = MoESubmodules(
-        experts=ModuleSpec(module=SequentialMLP, submodules=_linears()),
-        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_linears()),
-        router=router,
-    )
-    return ModuleSpec(module=MoELayer, submodules=submodules)
+        return functools.partial(module, submodules=submodules)
+    return ModuleSpec(module=module, submodules=submodules)
