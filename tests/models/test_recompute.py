@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from llada_kernels import IntervalMask
+from llada_kernels.exchange import KeyExchange
+from llada_kernels.partition import RowPartition
 
 from llada_mega.config.run import ParallelConfig
 from llada_mega.models import build_model, mask_carrier
@@ -56,6 +58,22 @@ def test_a_carrier_is_the_mask(documents: list[int]) -> None:
     assert rebuilt is not mask
     assert torch.equal(rebuilt.dense(), mask.dense())
     assert mask_carrier.unpack(carrier).mask is rebuilt
+
+
+def test_a_carrier_is_the_exchange_too() -> None:
+    mask = IntervalMask.block_diffusion([9, 7], 4)
+    exchange = KeyExchange.exact(mask, RowPartition.balanced(mask, 2, 16))
+    local, part = exchange.local_mask(mask, 1), exchange.of_rank(1)
+    carrier = mask_carrier.pack(local, part)
+    assert carrier.dtype == torch.int32
+    assert mask_carrier.unpack(carrier.clone()) == (local, part)
+    mask_carrier._cache.clear()
+    rebuilt = mask_carrier.unpack(carrier)
+    assert torch.equal(rebuilt.mask.endpoints, local.endpoints)
+    assert rebuilt.mask.total_k == local.total_k
+    assert rebuilt.exchange is not None and rebuilt.exchange.num_sent == part.num_sent
+    assert torch.equal(rebuilt.exchange.places_K, part.places_K)
+    assert mask_carrier.unpack(mask_carrier.pack(local)).exchange is None
 
 
 def test_an_equal_id_from_another_process_is_no_other_mask() -> None:

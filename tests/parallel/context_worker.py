@@ -31,23 +31,26 @@ NOISE_STD = 0.1
 
 
 def documents(length: int, seed: int, alignment: int) -> tuple[list[int], list[bool]]:
-    """Unequal documents at multiples of ``alignment``, none a multiple itself, with padding between and after them."""
+    """Unequal documents of a sample at multiples of ``alignment``, one of them long, and padding after each."""
     generator = torch.Generator().manual_seed(seed)
-    lengths, padding = [], []
-    while length - sum(lengths) > 5 * alignment:
-        count = int(torch.randint(1, 4, (1,), generator=generator)) * alignment
-        gap = 1 if alignment > 1 else 0
-        lengths += [count - gap] + [gap] * bool(gap)
-        padding += [False] + [True] * bool(gap)
-    rest = length - sum(lengths)
-    return [*lengths, rest - 3, 3], [*padding, False, True]
+    lengths, padding, start = [], [], 0
+    spans = [length // 2, *torch.randint(1, 40, (length,), generator=generator).tolist()]
+    for span in spans:
+        end = min(-(-(start + span) // alignment) * alignment, length)
+        gap = min(alignment // 4, end - start - 1)
+        lengths += [end - start - gap] + [gap] * (gap > 0)
+        padding += [False] + [True] * (gap > 0)
+        if end == length:
+            return lengths, padding
+        start = end
+    raise AssertionError("spans of at least one token fill the sample")
 
 
 def make_batch(length: int, layout: str, block_size: int, seed: int, alignment: int, multiple: int) -> Batch:
-    """Two samples with several documents each, one micro-batch."""
+    """Two samples of unequal lengths with several documents each, one micro-batch."""
     samples = []
-    for index in (2 * seed, 2 * seed + 1):
-        lengths, padding = documents(length // 2, index, alignment)
+    for index, eighths in ((2 * seed, 5), (2 * seed + 1, 3)):
+        lengths, padding = documents(length * eighths // 8, index, alignment)
         real = torch.repeat_interleave(~torch.tensor(padding), torch.tensor(lengths))
         tokens = torch.randint(MASK_ID + 1, 150, real.shape, generator=torch.Generator().manual_seed(index))
         samples.append(Sample(tokens * real, lengths, padding, real, index))
@@ -82,14 +85,15 @@ def compute(
         expected: whole gradients by name.
 
     Returns:
-        Loss (sum / denominator over all ranks), whose keys crossed, expert loads of this stage's layers; without
-        ``expected`` the gradients, else the largest differences from it, relative to each tensor's maximum.
+        Loss (sum / denominator over all ranks), gradient norm, whose keys crossed, expert loads of this stage's layers;
+        without ``expected`` the gradients, else the largest differences from it, relative to each tensor's maximum.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from llada_mega.models import build_model, update_expert_bias
@@ -100,6 +104,9 @@ def compute(
     model.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=dtype == torch.bfloat16), model
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="sgd", lr=0.0, params_dtype=dtype, bf16=dtype == torch.bfloat16), [ddp]
     )
     ddp.zero_grad_buffer()
     whole = [make_batch(seed=seed, **data) for seed in range(2)]
@@ -118,9 +125,11 @@ def compute(
     dist.all_reduce(total, group=groups.dp_cp)
     dist.broadcast(total, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
     loads = update_expert_bias(model)
+    optimizer.prepare_grads()
     result = {
         "loss": float(total[0] / total[1]),
         "rows": int(total[2]),
+        "gradient_norm": float(optimizer.get_grad_norm()),
         "halves": {key_exchange(batch, ranks).halves for batch in whole},
         "loads": None if loads is None else loads.tolist(),
     }

@@ -26,7 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, str]] = {
     "dense-divided-cp2": ("dense", DIVIDED, {"cp": 2}, 2, "clean"),
     "dense-divided-cp4-selective": ("dense", DIVIDED, {"cp": 4, "recompute": "selective"}, 4, "clean"),
     "dense-cut-cp4": ("dense", CUT, {"cp": 4}, 4, "all"),
-    "dense-mdlm-cp2": ("dense", MDLM, {"cp": 2}, 2, "all none"),
+    "dense-mdlm-cp2": ("dense", MDLM, {"cp": 2}, 2, "all"),
     "dense-ar-cp4": ("dense", AR, {"cp": 4}, 4, "all"),
     "dense-divided-cp2-tp2": ("dense", DIVIDED, {"cp": 2, "tp": 2}, 4, "clean"),
     "moe-divided-cp2": ("moe", DIVIDED, {"cp": 2}, 2, "clean"),
@@ -62,6 +62,7 @@ def test_context_parallelism_gives_the_numbers_of_one_process(name: str) -> None
         assert result["halves"] == set(CASES[name][4].split())
         assert result["rows"] == one["rows"]
         assert result["loss"] == pytest.approx(one["loss"], rel=1e-12)
+        assert result["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-6)  # Megatron adds it up in fp32
         assert max(result["differences"].values()) <= 1e-10, result["differences"]
         if "pp" not in CASES[name][2]:  # a pipeline stage knows the loads of its own layers only
             assert result["loads"] == one["loads"]
@@ -74,6 +75,7 @@ def test_narrow_types(dtype: torch.dtype, loss: float, gradient: float) -> None:
     one, ranks = results("dense-divided-cp2", dtype)
     for result in ranks:
         assert result["loss"] == pytest.approx(one["loss"], rel=loss)
+        assert result["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=gradient)
         assert max(result["differences"].values()) <= gradient, result["differences"]
 
 
