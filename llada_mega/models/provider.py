@@ -55,11 +55,24 @@ def build_model(
         post_process=groups.is_last_stage and last_chunk if post_process is None else post_process,
         vp_stage=vp_stage,
     )
+    _reduce_experts_over_their_ranks(model)
     if seed is not None:
         initialize_weights(model, seed)
     # Tied tables: marks the shared parameter and, across pipeline stages, makes the two copies equal.
     model.setup_embeddings_and_output_layer()
     return model
+
+
+def _reduce_experts_over_their_ranks(model: BlockDiffusionModel) -> None:
+    """Make Megatron sum the experts' gradients over ``expt_dp``, also where experts are copied instead of split.
+
+    It does so under expert parallelism only. Under tensor parallelism without it (ep = etp = 1) each rank has all
+    experts and a part of the tokens, and Megatron would leave the tensor-parallel ranks with different gradients.
+    """
+    if model.groups.expt_dp.size() != model.groups.dp_cp.size():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
