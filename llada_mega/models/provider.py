@@ -72,7 +72,7 @@ def _reduce_experts_over_their_ranks(model: BlockDiffusionModel) -> None:
     if model.groups.expt_dp.size() != model.groups.dp_cp.size():
         for name, parameter in model.named_parameters():
             if ".experts." in name:
-                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.allreduce = False
 
 
 @torch.no_grad()
