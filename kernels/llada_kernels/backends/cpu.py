@@ -6,7 +6,7 @@ Legend: B batch, S rows, K keys, H heads, D head dim; kernels see ``[B, H, S, D]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from llada_kernels.backends import reference
-from llada_kernels.backends.chunk_plan import Chunk, ChunkPlan
+from llada_kernels.backends.chunk_plan import Chunk, ChunkPlan, Interval, refills
+from llada_kernels.backends.chunk_tiles import Tile
 from llada_kernels.interval_mask import IntervalMask
 
 SUMMARY = "fused chunks of visible pairs on the CPU"
@@ -43,7 +44,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention that computes little more than the visible pairs; memory O(S).
 
-    float32, bfloat16 and float16 run fused with float32 accumulation; any other dtype runs the reference.
+    float32, bfloat16 and float16 run fused in float32 (small half-precision products are slower, not faster, on a CPU);
+    any other dtype runs the reference.
     """
     if query_BSHD.dtype not in FUSED_DTYPES:
         return reference.attention(query_BSHD, key_BKHD, value_BKHD, mask, scale, deterministic)
@@ -51,95 +53,103 @@ def attention(
     if not GROUPED_HEADS:
         repeats = heads // key_BKHD.shape[2]
         key_BKHD, value_BKHD = (x.repeat_interleave(repeats, 2) for x in (key_BKHD, value_BKHD))
-    plan = ChunkPlan.of(mask, batch, heads, key_BKHD.shape[2], head_dim)
-    return _ChunkedAttention.apply(query_BSHD, key_BKHD, value_BKHD, plan, scale)
+    plan = ChunkPlan.of(mask, batch, heads, head_dim)
+    query, key, value = (_unit_stride(x) for x in (query_BSHD, key_BKHD, value_BKHD))
+    return _ChunkedAttention.apply(query, key, value, plan, scale)
 
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: ChunkPlan, scale: float) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.scale, ctx.rows = plan, scale, query.shape[1]
-        query, key, value = _gather(query, plan), _unit_stride(key), _unit_stride(value)
-        outputs, lses = [], []
-        for chunk, q, k, v in _walk(plan, query, key, value):
-            output, lse = _forward(q, k, v, 0.0, False, attn_mask=plan.bias(chunk, q.dtype), scale=scale)
-            outputs.append(output.transpose(1, 2))
-            lses.append(lse.transpose(1, 2))
-        output = torch.cat(outputs, 1) if outputs else query
-        lse = torch.cat(lses, 1) if lses else query[..., 0].float()
+        ctx.plan, ctx.scale = plan, scale
+        output = query.new_empty(query.shape)
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        if not plan.all_rows_see:
+            output.zero_()
+            lse.fill_(-math.inf)
+        for chunk, k, v, bias in _walk(plan, key, value):
+            q = query.narrow(1, chunk.first_row, chunk.num_rows).transpose(1, 2).float()
+            part, part_lse = _forward(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+            output.narrow(1, chunk.first_row, chunk.num_rows).copy_(part.transpose(1, 2))
+            lse.narrow(1, chunk.first_row, chunk.num_rows).copy_(part_lse.transpose(1, 2))
         ctx.save_for_backward(query, key, value, output, lse)
-        return _scatter(output, plan, ctx.rows, 0.0), _scatter(lse, plan, ctx.rows, -math.inf)
+        return output, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> Any:
-        plan: ChunkPlan = ctx.plan
         query, key, value, output, lse = ctx.saved_tensors
-        head_dim = query.shape[-1]
-        grad_output = torch.zeros_like(output) if grad_output is None else _gather(grad_output, plan)
+        dtype, head_dim = query.dtype, query.shape[-1]
+        grad_output = torch.zeros_like(output) if grad_output is None else _unit_stride(grad_output)
         if grad_lse is not None:
             # The kernel takes no gradient of the lse. Its softmax gradient is P * (dO . V - dO . O); with one more
             # feature, V = 0, O = 1 and dO = -dlse there, the last term becomes dO . O - dlse, which is what is wanted.
-            extra = -_gather(grad_lse, plan)[..., None].to(grad_output.dtype)
-            grad_output, output = torch.cat((grad_output, extra), -1), pad(output, (0, 1), value=1.0)
+            grad_output = torch.cat((grad_output.float(), -grad_lse[..., None]), -1)
+            output = pad(output, (0, 1), value=1.0)
             query, key, value = pad(query, (0, 1)), pad(key, (0, 1)), pad(value, (0, 1))
-        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32).transpose(1, 2) for x in (key, value))
-        grad_queries = []
-        rows = zip(_chunk_rows(plan, grad_output), _chunk_rows(plan, output), _chunk_rows(plan, lse), strict=True)
-        for (chunk, q, k, v), (grad, out, lse_) in zip(_walk(plan, query, key, value), rows, strict=True):
-            bias = plan.bias(chunk, q.dtype)
-            grad_q, *grad_kv = _backward(grad, q, k, v, out, lse_, 0.0, False, attn_mask=bias, scale=ctx.scale)
-            grad_queries.append(grad_q.transpose(1, 2))
-            position = 0
-            for low, high in chunk.keys:
-                for total, part in zip((grad_key, grad_value), grad_kv, strict=True):
-                    total.narrow(2, low, high - low).add_(part.narrow(2, position, high - low))
-                position += high - low
-        grad_query = _scatter(torch.cat(grad_queries, 1) if grad_queries else query, plan, ctx.rows, 0.0)
-        grad_key, grad_value = (x.transpose(1, 2).to(key.dtype) for x in (grad_key, grad_value))
-        return *(x[..., :head_dim] for x in (grad_query, grad_key, grad_value)), None, None
+        totals = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
+        for tile in ctx.plan.tiles:
+            q, o, lse_, grad = (_rows(x, tile).flatten(0, 1).float() for x in (query, output, lse, grad_output))
+            k, v = (_keys(x, tile).flatten(0, 1).float() for x in (key, value))
+            bias = ctx.plan.tile_bias(tile)
+            parts = _backward(grad, q, k, v, o, lse_, 0.0, False, attn_mask=bias, scale=ctx.scale)
+            for total, part, cut in zip(totals, parts, (_rows, _keys, _keys), strict=True):
+                views = cut(total, tile)
+                views.add_(part.unflatten(0, views.shape[:2]))
+        grads = []
+        while totals:  # each float32 sum goes when its gradient is there
+            grads.append(totals.pop(0)[..., :head_dim].to(dtype))
+        return *grads, None, None
 
 
-def _walk(plan: ChunkPlan, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor, Tensor]]:
-    """Each chunk with its queries, keys and values as ``[B, H, rows or keys, D]``.
+def _walk(plan: ChunkPlan, key: Tensor, value: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor, Tensor | None]]:
+    """Each chunk with its keys and values, float32 ``[B, H, keys, D]``, and its additive mask.
 
-    A chunk that reads one interval of keys gets a view. One that reads several gets them side by side in a buffer that
-    is refilled only where it differs from what the chunk before left there, so copying costs O(K) in all.
+    A chunk that reads one interval of float32 keys gets a view. Others get their keys side by side in a buffer that is
+    refilled only where it differs from what the last such chunk left there, so copying costs O(K) in all.
     """
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     batch, heads, _, head_dim = key.shape
-    key_buffer, value_buffer = (
-        x.new_empty(batch, plan.buffer_keys, heads, head_dim).transpose(1, 2) for x in (key, value)
-    )
-    for chunk, q in zip(plan.chunks, _chunk_rows(plan, query), strict=True):
-        if len(chunk.keys) == 1:
-            low, high = chunk.keys[0]
-            yield chunk, q, key.narrow(2, low, high - low), value.narrow(2, low, high - low)
+    buffered = {chunk for chunk in plan.chunks if len(chunk.keys) > 1 or key.dtype != torch.float32}
+    shape = (batch, heads, max((chunk.num_keys for chunk in buffered), default=0), head_dim)
+    key_buffer, value_buffer = (x.new_empty(shape, dtype=torch.float32) for x in (key, value))
+    bias_buffer = key.new_zeros(1, 1, plan.bias_rows, plan.bias_keys, dtype=torch.float32)
+    held: tuple[Interval, ...] = ()
+    for chunk in plan.chunks:
+        if chunk in buffered:
+            for position, first, count in refills(held, chunk.keys):
+                key_buffer.narrow(2, position, count).copy_(key.narrow(2, first, count))
+                value_buffer.narrow(2, position, count).copy_(value.narrow(2, first, count))
+            held = chunk.keys
+            k, v = (x.narrow(2, 0, chunk.num_keys) for x in (key_buffer, value_buffer))
+        else:
+            k, v = (x.narrow(2, chunk.keys[0][0], chunk.num_keys) for x in (key, value))
+        if chunk.full:
+            yield chunk, k, v, None
             continue
-        for position, start, count in chunk.refills:
-            key_buffer.narrow(2, position, count).copy_(key.narrow(2, start, count))
-            value_buffer.narrow(2, position, count).copy_(value.narrow(2, start, count))
-        yield chunk, q, key_buffer.narrow(2, 0, chunk.num_keys), value_buffer.narrow(2, 0, chunk.num_keys)
+        # Right-aligned, so that the zeros over the keys that all rows see are written once for all chunks.
+        bias = bias_buffer[:, :, : chunk.num_rows, -chunk.num_keys :]
+        unshared = bias[..., chunk.shared_keys :].copy_(plan.chunk_bias(chunk))
+        yield chunk, k, v, bias
+        unshared.zero_()
 
 
-def _chunk_rows(plan: ChunkPlan, x: Tensor) -> Sequence[Tensor]:
-    """Views of each chunk's rows of ``[B, rows, H, ...]`` in plan order, as ``[B, H, rows, ...]``."""
-    return x.transpose(1, 2).split([chunk.num_rows for chunk in plan.chunks], 2) if plan.chunks else ()
+def _rows(x: Tensor, tile: Tile) -> Tensor:
+    """Views of a tile's rows of ``[B, S, H, ...]``, as ``[B, count, H, rows, ...]``."""
+    return _windows(x, tile.first_row, tile.num_rows, tile.row_step, tile.count)
 
 
-def _gather(x: Tensor, plan: ChunkPlan) -> Tensor:
-    """Rows in plan order."""
-    return _unit_stride(x) if plan.order is None else x.index_select(1, plan.order)
+def _keys(x: Tensor, tile: Tile) -> Tensor:
+    """Views of a tile's keys of ``[B, K, H, ...]``, as ``[B, count, H, keys, ...]``."""
+    return _windows(x, tile.first_key, tile.num_keys, tile.key_step, tile.count)
 
 
-def _scatter(x: Tensor, plan: ChunkPlan, rows: int, blind: float) -> Tensor:
-    """Rows back in the mask's order; rows that see nothing get ``blind``."""
-    if plan.order is None:
-        return x
-    shape = (x.shape[0], rows, *x.shape[2:])
-    result = x.new_empty(shape) if plan.order.numel() == rows else x.new_full(shape, blind)
-    return result.index_copy_(1, plan.order, x)
+def _windows(x: Tensor, first: int, size: int, step: int, count: int) -> Tensor:
+    batch, _, heads, *rest = x.shape
+    of_batch, of_row, of_head, *of_rest = x.stride()
+    strides = (of_batch, step * of_row, of_head, of_row, *of_rest)
+    return x.as_strided((batch, count, heads, size, *rest), strides, x.storage_offset() + first * of_row)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
