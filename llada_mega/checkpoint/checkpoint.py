@@ -19,6 +19,7 @@ import dataclasses
 import errno
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,15 @@ class CheckpointWrite:
         self.partial = directory.with_name(f".{directory.name}.partial")
         self.rank, self.world_size = rank, world_size
 
-    def start(self, sharded_state: dict[str, Any]) -> None:
-        """Take the snapshot and make room. Raises CheckpointError (no space, no permission)."""
+    def start(
+        self, sharded_state: dict[str, Any], sum_over_ranks: Callable[[int], int] = lambda number: number
+    ) -> None:
+        """Take the snapshot and make room. Raises CheckpointError (no space, no permission).
+
+        ``sum_over_ranks`` adds up a number over all ranks, of which each calls it once.
+        """
         self._tensors, self._index = storage.snapshot(sharded_state)
+        needed = sum_over_ranks(storage.stored_bytes(self._tensors))
         if self.rank:
             return
         try:
@@ -63,7 +70,6 @@ class CheckpointWrite:
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(f"cannot write checkpoint {self.directory}: {error.strerror or error}") from error
-        needed = storage.stored_bytes(self._tensors)  # of this rank; with data parallelism alone it owns everything
         free = shutil.disk_usage(self.partial).free
         if free < needed:
             self.abandon()
@@ -253,12 +259,17 @@ def tokenizer_directory(directory: Path) -> Path | None:
     return path if (path / "tokenizer.json").is_file() else None
 
 
-def load_model_weights(directory: Path, model: MegatronModule) -> None:
-    """Load the weights of any layout into a bare model (not its optimizer). Raises CheckpointError."""
-    loaded = storage.load(directory, model_state(model))
-    model.load_state_dict(loaded["model"], strict=True)
+def load_model_weights(directory: Path, *models: MegatronModule) -> None:
+    """Load the weights of any layout into this rank's bare model chunks (not the optimizer). Raises CheckpointError."""
+    load_model_state(models, storage.load(directory, {"model": model_state(models)})["model"])
 
 
-def model_state(model: MegatronModule) -> dict[str, Any]:
-    """The sharded state that holds a bare model's weights; their keys are those of Megatron's TE layer spec."""
-    return {"model": model.sharded_state_dict(prefix="")}
+def load_model_state(models: Sequence[MegatronModule], state: dict[str, Any]) -> None:
+    """Give each chunk its part of what ``storage.load`` made of :func:`model_state`."""
+    for index, model in enumerate(models):
+        model.load_state_dict(state[f"chunk_{index}"], strict=True)
+
+
+def model_state(models: Sequence[MegatronModule]) -> dict[str, Any]:
+    """The sharded state of this rank's bare model chunks; its keys are those of Megatron's TE layer spec."""
+    return {f"chunk_{index}": model.sharded_state_dict(prefix="") for index, model in enumerate(models)}

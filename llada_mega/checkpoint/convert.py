@@ -69,7 +69,7 @@ def import_model(
         checkpoints.save_checkpoint(
             output,
             model_config=opened.config,
-            sharded_state=checkpoints.model_state(model),
+            sharded_state=checkpoints.model_state([model]),
             state={"source": source.name},
             tokenizer_dir=Path(directory) if opened.tokenizer_files else None,
         )

@@ -12,20 +12,8 @@ from llada_mega.errors import CheckpointError, ConfigError, DataError
 
 def check_supported(config: Config) -> None:
     """Refuses what composes and validates but does not train in this version."""
-    for name in ("tp", "pp", "cp", "ep", "etp"):
-        size = getattr(config.parallel, name)
-        if size > 1:
-            raise ConfigError(
-                f"parallel.{name}={size} cannot train yet: this version splits a run by data parallelism only; "
-                f"set parallel.{name}=1"
-            )
     if config.model.implementation == "te":
         raise ConfigError("model.implementation=te is not built yet; use model.implementation=local or auto")
-    if config.parallel.distributed_optimizer:
-        raise ConfigError(
-            "parallel.distributed_optimizer=true cannot be resumed exactly yet; "
-            "set parallel.distributed_optimizer=false"
-        )
 
 
 def check_paths(config: Config) -> None:

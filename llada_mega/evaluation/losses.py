@@ -66,7 +66,8 @@ def evaluate(
         seed: of noise levels and masks.
         block_origin: ``document`` or ``sequence``.
         shard: (data-parallel rank, size): this rank takes every size-th window, so their number must be a multiple.
-        reduce: sums a float64 tensor over the data-parallel ranks; None when there is one.
+        reduce: sums a float64 tensor over data- and context-parallel ranks and pipeline stages; None when this process
+            is alone.
         on_pass: called with (forward passes done, passes in all).
     Raises:
         ConfigError: nothing to evaluate on, the model has no MASK token, or a number is out of range.
@@ -116,8 +117,10 @@ class _Evaluation:
         sums = torch.zeros(2, dtype=torch.float64)
         for chunk in self._chunks():
             batch = self._batch([self.samples[index] for index in chunk], layout="ar", block_size=1)
-            sums[0] += self._score(batch).cross_entropy_R.double().sum().cpu()
-            sums[1] += batch.num_rows
+            scores = self._score(batch)
+            if scores is not None:
+                sums[0] += scores.cross_entropy_R.double().sum().cpu()
+                sums[1] += batch.num_rows
         loss, count = self.reduce(sums).tolist()
         return _divide(loss, count)
 
@@ -132,8 +135,10 @@ class _Evaluation:
                 samples = [replace(self.samples[index], sample_index=index * draws + draw) for index in chunk]
                 levels = [level_ND[index, draw].expand(len(self.samples[index])) for index in chunk]
                 batch = self._batch(samples, layout="bdlm", block_size=block_size, noise_levels=levels)
-                sums[:-1] += self._tabulate(batch, self._score(batch)).flatten()
-                sums[-1] += sum(int(sample.supervised.sum()) for sample in samples)
+                scores = self._score(batch)
+                if scores is not None:
+                    sums[:-1] += self._tabulate(batch, scores).flatten()
+                    sums[-1] += batch.denominator  # supervised tokens
         sums = self.reduce(sums)
         table_K4 = sums[:-1].reshape(self.noise_levels, 4)
         whole = table_K4.sum(0).tolist()
@@ -163,11 +168,11 @@ class _Evaluation:
         self, samples: list[Sample], *, layout: str, block_size: int, noise_levels: list[Tensor] | None = None
     ) -> Batch:
         config, schedule = self.scorer.config, get_schedule("linear")
-        return build_batch(
+        batch = build_batch(
             samples,
             layout=layout,
             block_size=block_size,
-            objective=DiffusionObjective("uniform", schedule),
+            objective=DiffusionObjective("elbo", schedule),
             seed=self.seed,
             mask_token_id=config.mask_token_id if config.mask_token_id is not None else 0,
             pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
@@ -179,8 +184,9 @@ class _Evaluation:
             clean_tokens="needed",
             noise_levels=noise_levels,
         )
+        return self.scorer.part(batch)
 
-    def _score(self, batch: Batch) -> RowScores:
+    def _score(self, batch: Batch) -> RowScores | None:
         scores = self.scorer.score(batch)
         self._report()
         return scores

@@ -1,17 +1,21 @@
 """From a batch to the cross entropy of its predicted rows, whoever runs the model.
 
-Legend: R predicted rows.
+Legend: S positions, B batch (1), H hidden size, R predicted rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.batch import Batch
+from llada_mega.data.context import shard_batch
 from llada_mega.inference.model import LoadedModel
 from llada_mega.models import BlockDiffusionModel, RowLosses, mask_carrier
 
@@ -24,48 +28,95 @@ class RowScores(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Runs the model on a batch. A pipeline-parallel run brings its own."""
+    """Runs the model on a batch. Ranks that hold parts of one model call it together with the same batch."""
 
     @property
     def config(self) -> ModelConfig:
         """Shape of the model."""
         ...
 
-    def score(self, batch: Batch) -> RowScores:
-        """Scores of the batch's real rows (``batch.num_rows``), without embedding noise and without gradients."""
+    def part(self, batch: Batch) -> Batch:
+        """The part of a whole batch that this process scores."""
+        ...
+
+    def score(self, batch: Batch) -> RowScores | None:
+        """Scores of the real rows (``num_rows``) of a :meth:`part`, without embedding noise and without gradients.
+
+        None where another process of the same model has them.
+        """
         ...
 
 
 class ModelScorer:
-    """A model whose layers are all in this process (tensor and expert parallel ranks call it together)."""
+    """A model in training or alone, under any parallel layout.
 
-    def __init__(self, model: BlockDiffusionModel) -> None:
-        self.model = model
+    Pipeline stages pass hidden states on without Megatron's schedules: a stage goes on to the next batch while later
+    stages work on this one.
+
+    Args:
+        chunks: this rank's model, or its chunks under virtual pipeline parallelism.
+    """
+
+    def __init__(self, *chunks: BlockDiffusionModel) -> None:
+        self.chunks, self.groups = chunks, chunks[0].groups
+        self.device = next(chunks[0].parameters()).device
 
     @property
     def config(self) -> ModelConfig:
         """Shape of the model."""
-        return self.model.model_config
+        return self.chunks[0].model_config
+
+    def part(self, batch: Batch) -> Batch:
+        """See :class:`Scorer`."""
+        context, tile = self.groups.cp, 128 if self.device.type == "cuda" else 1
+        return shard_batch(batch, context.rank(), context.size(), work_tile=tile)
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> RowScores:
+    def score(self, batch: Batch) -> RowScores | None:
         """See :class:`Scorer`. The model's training mode is put back."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            batch = batch.to(next(self.model.parameters()).device)
-            losses = self.model(
-                batch.input_ids_S[None],
-                batch.position_ids_S[None],
-                mask_carrier.pack(batch.mask),
-                padding_mask_BS=batch.padding_S[None],
-                logit_rows_R=batch.logit_rows_R,
-                labels_R=batch.labels_R,
-            )
-        finally:
-            self.model.train(training)
-        assert isinstance(losses, RowLosses)
-        return RowScores(losses.cross_entropy_R[: batch.num_rows], losses.correct_R[: batch.num_rows])
+        batch = batch.to(self.device)
+        output: Tensor | RowLosses | None = None
+        with _evaluating(self.chunks):
+            for chunk in self.chunks:
+                if not chunk.pre_process:
+                    chunk.set_input_tensor(self._receive(chunk, batch))
+                output = chunk(
+                    batch.input_ids_S[None],
+                    batch.position_ids_S[None],
+                    mask_carrier.pack(batch.mask, batch.key_exchange),
+                    padding_mask_BS=batch.padding_S[None],
+                    logit_rows_R=batch.logit_rows_R,
+                    labels_R=batch.labels_R,
+                )
+                if isinstance(output, Tensor):
+                    dist.send(output, group=self.groups.pp, group_dst=self._stage(1))
+        if not isinstance(output, RowLosses):
+            return None
+        return RowScores(output.cross_entropy_R[: batch.num_rows], output.correct_R[: batch.num_rows])
+
+    def _stage(self, step: int) -> int:
+        """Rank in the pipeline group of the next (1) or the previous (-1) stage; chunks go round in circles."""
+        return (self.groups.pp.rank() + step) % self.groups.pp.size()
+
+    def _receive(self, chunk: BlockDiffusionModel, batch: Batch) -> Tensor:
+        """Hidden states [S, B, H] of the stage before; this rank's slice of S under sequence parallelism."""
+        rows = batch.input_ids_S.numel() // (self.groups.tp.size() if chunk.config.sequence_parallel else 1)
+        hidden_SBH = torch.empty(rows, 1, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device=self.device)
+        dist.recv(hidden_SBH, group=self.groups.pp, group_src=self._stage(-1))
+        return hidden_SBH
+
+
+@contextmanager
+def _evaluating(chunks: tuple[BlockDiffusionModel, ...]) -> Iterator[None]:
+    """Evaluation mode, and back."""
+    modes = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)
 
 
 def as_scorer(model: BlockDiffusionModel | LoadedModel | Scorer) -> Scorer:

@@ -67,13 +67,13 @@ def update_expert_bias(model: torch.nn.Module | Iterable[torch.nn.Module], rate:
     Returns:
         The global loads, int64 [MoE layers on this stage, E] (tokens), or None when there are none.
     """
-    routers = _routers(model)
-    if not routers:
+    mine = routers(model)
+    if not mine:
         return None
-    load_LE = torch.stack([router.local_tokens_per_expert for router in routers])
-    dist.all_reduce(load_LE, group=routers[0].tp_dp_cp_group)
+    load_LE = torch.stack([router.local_tokens_per_expert for router in mine])
+    dist.all_reduce(load_LE, group=mine[0].tp_dp_cp_group)
     excess_LE = load_LE * load_LE.shape[1] - load_LE.sum(dim=1, keepdim=True)  # E x (load - mean), exact in integers
-    for router, excess_E in zip(routers, excess_LE, strict=True):
+    for router, excess_E in zip(mine, excess_LE, strict=True):
         step = router.config.moe_router_bias_update_rate if rate is None else rate
         router.expert_bias -= step * torch.sign(excess_E).to(torch.float32)
         router.local_tokens_per_expert.zero_()
@@ -82,10 +82,11 @@ def update_expert_bias(model: torch.nn.Module | Iterable[torch.nn.Module], rate:
 
 def discard_expert_load(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     """Forget the counts since the last update: for a step that is skipped."""
-    for router in _routers(model):
+    for router in routers(model):
         router.local_tokens_per_expert.zero_()
 
 
-def _routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[BalancedRouter]:
+def routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[BalancedRouter]:
+    """The routers of this rank, by chunk and layer; ``layer_number`` is their global layer, from 1."""
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, BalancedRouter)]

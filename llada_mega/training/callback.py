@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llada_mega.data.batch import Batch
     from llada_mega.diffusion.curriculum import ResolvedStage
     from llada_mega.training.state import StepMeasurement
     from llada_mega.training.trainer import Trainer
@@ -26,7 +27,10 @@ class Callback:
         """Before the first step in a stage, and once at the start of the run or resume."""
 
     def on_step_begin(self, trainer: Trainer) -> None:
-        """Before the forward pass."""
+        """Before the step's data is asked for."""
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        """This data-parallel rank's whole micro-batches of the step, before the forward pass."""
 
     def accept_step(self, trainer: Trainer, measured: StepMeasurement) -> bool:
         """After the backward pass, before the optimizer. False leaves the weights as they are."""

@@ -1,8 +1,8 @@
-"""Data-parallel wrapper and AdamW, both Megatron-Core's."""
+"""Data-parallel wrappers and AdamW, both Megatron-Core's."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,20 +11,32 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from llada_mega.config.run import ParallelConfig
 from llada_mega.config.training import OptimizerConfig
+from llada_mega.models import BlockDiffusionModel
 
 
-def wrap_data_parallel(model: Any, parallel: ParallelConfig) -> DistributedDataParallel:
-    """Gradients in fp32 buffers, all-reduced over the data-parallel group once a step."""
+def wrap_data_parallel(
+    models: Sequence[BlockDiffusionModel], parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    """Gradients in fp32 buffers, reduced over the data-parallel group once a step.
+
+    ``parallel.overlap`` reduces them during the backward pass of the last micro-batch and, with the distributed
+    optimizer, gathers the new weights during the next forward pass.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
-    return DistributedDataParallel(model.config, ddp_config, model)
+    # Later virtual stages run while others communicate anyway: one bucket each, as in Megatron's own training.
+    return [
+        DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: DistributedDataParallel, parallel: ParallelConfig, dtype: torch.dtype
+    config: OptimizerConfig, chunks: Sequence[DistributedDataParallel], parallel: ParallelConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """AdamW with fp32 master weights when ``dtype`` is bfloat16; norms and biases are not decayed.
 
@@ -42,5 +54,6 @@ def build_optimizer(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(megatron, [model])
+    return get_megatron_optimizer(megatron, list(chunks))

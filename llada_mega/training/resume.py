@@ -13,10 +13,13 @@ from llada_mega import __version__
 from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.checkpoint import (
     list_checkpoints,
+    load_model_state,
+    model_state,
     read_state,
     resolve_checkpoint,
     step_name,
 )
+from llada_mega.checkpoint.optimizer_state import set_adam_step, sharded_adam_state
 from llada_mega.config.schema import Config
 from llada_mega.diffusion.curriculum import Curriculum
 from llada_mega.errors import CheckpointError
@@ -25,15 +28,12 @@ from llada_mega.training.state import TrainState
 from llada_mega.training.step import TrainStep
 from llada_mega.training.trainer import Trainer
 
-# Optimizer keys without a "chained_0." prefix, so that a run with and one without expert parallelism share them.
-_METADATA = {"chained_optim_avoid_prefix": True}
 
-
-def sharded_training_state(step: TrainStep, *, is_loading: bool = False) -> dict[str, Any]:
-    """Megatron's sharded state of the weights and of the optimizer."""
-    model = step.bare_model.sharded_state_dict()
-    optimizer = step.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
-    return {"model": model, "optimizer": optimizer}
+def sharded_training_state(step: TrainStep) -> dict[str, Any]:
+    """The sharded state of this rank's weights and optimizer, as views of them. A collective."""
+    step.gather_parameters()
+    model = model_state(step.bare_models)
+    return {"model": model, "optimizer": sharded_adam_state(step.optimizer, model)}
 
 
 def collect_state(trainer: Trainer) -> dict[str, Any]:
@@ -44,17 +44,8 @@ def collect_state(trainer: Trainer) -> dict[str, Any]:
         "contract": trainer.contract,
         "curriculum": trainer.curriculum.to_json(),
         "callbacks": {c.name: c.state_dict() for c in trainer.callbacks if c.state_dict()},
-        "optimizer": {"step": _optimizer_step(trainer.step.optimizer)},
+        "optimizer": {"step": trainer.step.num_updates},
     }
-
-
-def _optimizer_step(optimizer: Any) -> int:
-    """AdamW's step count. Megatron keeps one for all parameters; skipped steps make it smaller than the run's."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in inner.optimizer.state.values():
-            if "step" in state:
-                return int(state["step"])
-    return 0
 
 
 def run_contract(config: Config, corpora: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -149,14 +140,15 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
 
 def restore(step: TrainStep, checkpoint: Path, state: dict[str, Any], callbacks: list[Callback]) -> TrainState:
     """Load weights, optimizer and callback states; returns where the run stands."""
-    loaded = storage.load(checkpoint, sharded_training_state(step, is_loading=True))
-    step.bare_model.load_state_dict(loaded["model"], strict=True)
-    optimizer_state = loaded["optimizer"]
-    parts = optimizer_state.values() if 0 in optimizer_state else [optimizer_state]
-    for part in parts:
-        # One tensor for all is what Megatron wants here; it gives every parameter a copy of its own.
-        part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(state["optimizer"]["step"]))
-    step.optimizer.load_state_dict(optimizer_state)
+    sharded = sharded_training_state(step)
+    adam = {name: shard.data for name, shard in sharded["optimizer"].items()}
+    loaded = storage.load(checkpoint, sharded)
+    load_model_state(step.bare_models, loaded["model"])
+    with torch.no_grad():
+        for name, view in adam.items():
+            view.copy_(loaded["optimizer"][name])
+    step.num_updates = int(state["optimizer"]["step"])
+    set_adam_step(step.optimizer, step.num_updates)
     for callback in callbacks:
         if callback.name in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][callback.name])

@@ -26,6 +26,7 @@ from llada_mega.models import build_model
 from llada_mega.parallel import ParallelGroups, destroy, initialize
 from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.checkpointing import CheckpointCallback
+from llada_mega.training.callbacks.consistency import ConsistencyCallback
 from llada_mega.training.callbacks.metrics import MetricsCallback
 from llada_mega.training.callbacks.progress import ProgressCallback
 from llada_mega.training.callbacks.sinks import JsonlSink, TensorBoardSink, WandbSink
@@ -85,7 +86,7 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
             state = restore(step, resume_from, saved, callbacks)
             logger.info(f"resumed from {resume_from} at step {state.step}")
         else:
-            state = TrainState(embedding_rms=step.bare_model.embedding.table_rms(config.model.vocab_size))
+            state = TrainState(embedding_rms=step.embedding_rms())
         if writes_files and (newer := set_aside_newer(run_dir / "checkpoints", state.step)):
             logger.warning(
                 f"moved {len(newer)} checkpoints beyond step {state.step} to {run_dir}/checkpoints/superseded"
@@ -152,18 +153,23 @@ def write_config(config: Config, run_dir: Path) -> None:
 
 
 def build_step(config: Config, groups: ParallelGroups, init_from: Path | None, *, random_weights: bool) -> TrainStep:
-    """Model, data-parallel wrapper and optimizer."""
+    """This rank's model chunks, their data-parallel wrappers and the optimizer."""
     if config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
     dtype = getattr(torch, config.trainer.dtype)
     seed = config.seed if random_weights else None  # None: not initialised, they are loaded next
-    model = build_model(config.model, parallel=config.parallel, dtype=dtype, seed=seed, groups=groups)
-    model.to(groups.device)
+    stages = [None] if config.parallel.vp is None else range(config.parallel.vp)
+    models = [
+        build_model(config.model, parallel=config.parallel, dtype=dtype, seed=seed, groups=groups, vp_stage=stage)
+        for stage in stages
+    ]
+    for model in models:
+        model.to(groups.device)
     if init_from is not None:
-        load_model_weights(init_from, model)
-    wrapped = wrap_data_parallel(model, config.parallel)
-    optimizer = build_optimizer(config.optimizer, wrapped, config.parallel, dtype)
-    return TrainStep(wrapped, optimizer, groups, seed=config.seed, device=groups.device)
+        load_model_weights(init_from, *models)
+    chunks = wrap_data_parallel(models, config.parallel)
+    optimizer = build_optimizer(config.optimizer, chunks, config.parallel, dtype)
+    return TrainStep(chunks, optimizer, groups, seed=config.seed, device=groups.device)
 
 
 def build_callbacks(
@@ -171,6 +177,8 @@ def build_callbacks(
 ) -> list[Callback]:
     """Features in the order of their hooks: validation comes before the checkpoint that stores its result."""
     callbacks: list[Callback] = [MetricsCallback(), StabilityCallback(config.trainer.stability)]
+    if config.trainer.consistency_every:
+        callbacks.append(ConsistencyCallback(config.trainer.consistency_every))
     if config.trainer.validation.every:
         callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples, config.seed))
     callbacks.append(CheckpointCallback(run_dir, config.checkpoint, tokenizer_source(config)))

@@ -39,9 +39,10 @@ class StepMeasurement:
     num_tokens: int  # real data tokens
     num_positions: int  # processed positions, noisy and clean, padding included
     grad_norm: float
+    mask_embedding_rms: float  # of the MASK row that the step ran with: decides whether a conversion is stable
+    flops: float  # model FLOPs a device, on average
     ce_by_noise: dict[str, float] = field(default_factory=dict)
     expert_load: Tensor | None = None  # int64 [MoE layers, num_experts]: tokens that went to each; None when skipped
-    flops: float = 0.0  # model FLOPs of this rank
 
     @property
     def mask_ratio(self) -> float:

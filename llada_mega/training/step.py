@@ -1,29 +1,40 @@
-"""One optimizer step over a global batch, through Megatron-Core's schedules.
+"""One optimizer step over a global batch, through Megatron-Core's schedules, under every parallel layout.
 
-Legend of shape suffixes: B batch (always 1), S positions, R rows with logits.
+Legend of shape suffixes: B batch (always 1), S positions, R rows with logits, L MoE layers, E experts, M metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_mega.data.batch import Batch
+from llada_mega.data.context import shard_batch
 from llada_mega.evaluation.losses import level_name
-from llada_mega.models import EmbeddingNoise, RowLosses, discard_expert_load, mask_carrier, update_expert_bias
+from llada_mega.models import (
+    BlockDiffusionModel,
+    EmbeddingNoise,
+    RowLosses,
+    discard_expert_load,
+    mask_carrier,
+    update_expert_bias,
+)
+from llada_mega.models.router import routers
 from llada_mega.parallel import ParallelGroups
 from llada_mega.training.flops import batch_flops
 from llada_mega.training.state import NOISE_BINS, StepMeasurement
 
 Accept = Callable[[StepMeasurement], bool]
+_NUM_SUMS = 7  # loss, denominator, cross entropy, rows, correct rows, tokens, positions
 
 
 class TrainStep:
@@ -34,22 +45,37 @@ class TrainStep:
     splits do not change it.
 
     Args:
-        model: the Megatron DDP wrapper of a ``BlockDiffusionModel``.
+        chunks: Megatron's DDP wrappers of this rank's ``BlockDiffusionModel`` parts: one, or one a virtual stage.
         optimizer: from ``get_megatron_optimizer``.
         groups: process groups.
         seed: the run's seed, for the embedding noise.
         device: where batches go.
+
+    Attributes:
+        bare_models: the parts without their wrappers.
+        num_updates: optimizer steps taken; skipped steps make it smaller than the run's step.
     """
 
     def __init__(
-        self, model: Any, optimizer: MegatronOptimizer, groups: ParallelGroups, *, seed: int, device: torch.device
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        groups: ParallelGroups,
+        *,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        self.model, self.optimizer, self.groups, self.seed, self.device = model, optimizer, groups, seed, device
-        self.bare_model = model.module
+        self.chunks, self.optimizer, self.groups, self.seed, self.device = list(chunks), optimizer, groups, seed, device
+        self.bare_models: list[BlockDiffusionModel] = [chunk.module for chunk in chunks]
+        self.model_config = self.bare_models[0].model_config
+        self.num_updates = 0
         self._forward_backward = get_forward_backward_func()
-        megatron_config = self.bare_model.config
-        megatron_config.grad_scale_func = optimizer.scale_loss
-        megatron_config.finalize_model_grads_func = finalize_model_grads
+        # Without this, overlapped gradient reduction would reduce after every micro-batch.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        for model in self.bare_models:
+            model.config.grad_scale_func = optimizer.scale_loss
+            model.config.finalize_model_grads_func = finalize_model_grads
+            model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def __call__(
         self, batches: list[Batch], *, learning_rate: float, embedding_noise_std: float, accept: Accept
@@ -57,41 +83,60 @@ class TrainStep:
         """Run one step.
 
         Args:
-            batches: this rank's micro-batches.
+            batches: this data-parallel rank's whole micro-batches, the same on all its model-parallel ranks.
             learning_rate: for every parameter group (times its ``lr_mult``).
             embedding_noise_std: std of the noise on MASK embeddings; 0 for none.
-            accept: sees the measurements before the optimizer runs; False leaves the weights unchanged.
+            accept: sees the measurements before the optimizer runs; False leaves the weights unchanged. Must answer
+                alike on all ranks.
         Returns:
-            measurements over all ranks, and whether the optimizer ran.
+            measurements over all ranks, the same on every rank, and whether the optimizer ran.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        context, tile = self.groups.cp, 128 if self.device.type == "cuda" else 1
+        mine = [shard_batch(batch, context.rank(), context.size(), work_tile=tile) for batch in batches]
+        on_device = [batch.to(self.device) for batch in mine]
         outputs = self._forward_backward(
             forward_step_func=partial(self._forward_step, embedding_noise_std=embedding_noise_std),
-            data_iterator=iter(batches),
-            model=self.model,
+            data_iterator=[iter(on_device) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(batches),
-            seq_length=batches[0].input_ids_S.numel(),
+            seq_length=mine[0].input_ids_S.numel(),
             micro_batch_size=1,
             forward_only=False,
         )
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        measured = self._reduce(outputs, grad_norm)
-        measured.flops = sum(batch_flops(self.bare_model.model_config, batch) for batch in batches)
+        measured = self._measure(outputs, grad_norm, sum(batch_flops(self.model_config, batch) for batch in mine))
         applied = accept(measured)
         if applied:
             self._update(learning_rate, grad_norm)
-            measured.expert_load = update_expert_bias(self.bare_model)
+            measured.expert_load = self._load_of_all_stages(update_expert_bias(self.bare_models))
         else:
-            discard_expert_load(self.bare_model)
+            discard_expert_load(self.bare_models)
         return measured, applied
+
+    def gather_parameters(self) -> None:
+        """Make the weights whole on every rank before something other than a forward pass reads them.
+
+        With overlap, the distributed optimizer leaves that to the next forward pass. A collective then.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def embedding_rms(self) -> float:
+        """RMS of the whole embedding table, on every rank. A collective."""
+        first = self.bare_models[0]
+        rms = first.embedding.table_rms(self.model_config.vocab_size) if first.pre_process else 0.0
+        return float(self._sum_over_stages(torch.tensor(rms, dtype=torch.float64, device=self.device)))
 
     def _forward_step(
         self, data_iterator: Iterator[Batch], model: Any, *, embedding_noise_std: float
     ) -> tuple[Any, Callable[[RowLosses], tuple[Tensor, Tensor, Tensor]]]:
-        batch = next(data_iterator).to(self.device)
+        batch = next(data_iterator)
         noise = None
         if embedding_noise_std > 0.0:
             rows = batch.logit_rows_R[: batch.num_rows]
@@ -100,7 +145,7 @@ class TrainStep:
         output = model(
             batch.input_ids_S[None],
             batch.position_ids_S[None],
-            mask_carrier.pack(batch.mask),
+            mask_carrier.pack(batch.mask, batch.key_exchange),
             padding_mask_BS=batch.padding_S[None],
             logit_rows_R=batch.logit_rows_R,
             labels_R=batch.labels_R,
@@ -109,13 +154,19 @@ class TrainStep:
         )
         return output, partial(_loss, batch)
 
-    def _reduce(self, outputs: list[Tensor], grad_norm: float) -> StepMeasurement:
-        """Sum the micro-batches' metric vectors over all data-parallel ranks."""
-        total = torch.stack(outputs).sum(0)
-        torch.distributed.all_reduce(total, group=self.groups.dp_cp)
-        loss, denominator, ce, rows, correct, tokens, positions = total[:7].tolist()
-        bins = total[7:].reshape(2, NOISE_BINS).tolist()
-        by_noise = {level_name(i, NOISE_BINS): c / n for i, (c, n) in enumerate(zip(*bins, strict=True)) if n}
+    def _measure(self, outputs: list[Tensor], grad_norm: float, flops: float) -> StepMeasurement:
+        """Sum over data- and context-parallel ranks what the last stage knows; then every stage knows all."""
+        first, last = self.bare_models[0], self.bare_models[-1]
+        sums_M = torch.zeros(_NUM_SUMS + 2 * NOISE_BINS + 1, dtype=torch.float64, device=self.device)
+        if last.post_process:
+            sums_M[:-1] = torch.stack(outputs).sum(0)
+            sums_M[-1] = flops
+        dist.all_reduce(sums_M, group=self.groups.dp_cp)
+        assert self.model_config.mask_token_id is not None  # checked when the data was opened
+        rms = first.embedding.row_rms(self.model_config.mask_token_id) if first.pre_process else 0.0
+        *values, flops, rms = self._sum_over_stages(torch.cat((sums_M, sums_M.new_tensor([rms])))).tolist()
+        loss, denominator, ce, rows, correct, tokens, positions = values[:_NUM_SUMS]
+        bins = zip(values[_NUM_SUMS:-NOISE_BINS], values[-NOISE_BINS:], strict=True)
         return StepMeasurement(
             loss=loss / max(denominator, 1.0),
             ce_masked=ce / max(rows, 1.0),
@@ -124,8 +175,27 @@ class TrainStep:
             num_tokens=int(tokens),
             num_positions=int(positions),
             grad_norm=grad_norm,
-            ce_by_noise=by_noise,
+            mask_embedding_rms=rms,
+            flops=flops / self.groups.world_size,
+            ce_by_noise={level_name(i, NOISE_BINS): c / n for i, (c, n) in enumerate(bins) if n},
         )
+
+    def _sum_over_stages(self, values: Tensor) -> Tensor:
+        """Every value is zero on all pipeline stages but the one that knows it."""
+        if self.groups.pp.size() > 1:
+            dist.all_reduce(values, group=self.groups.pp)
+        return values
+
+    def _load_of_all_stages(self, load_LE: Tensor | None) -> Tensor | None:
+        """Every MoE layer's load in the order of layers, from the loads of this stage's."""
+        config = self.model_config
+        if not config.is_moe or self.groups.pp.size() == 1:
+            return load_LE
+        load = torch.zeros(config.num_layers, config.moe.num_experts, dtype=torch.int64, device=self.device)
+        if load_LE is not None:
+            load[[router.layer_number - 1 for router in routers(self.bare_models)]] = load_LE
+        load = self._sum_over_stages(load)
+        return load[[layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]]
 
     def _update(self, learning_rate: float, grad_norm: float) -> None:
         """Clip by the global norm and step, as Megatron's ``ChainedOptimizer.step`` does, with our learning rate."""
@@ -136,10 +206,11 @@ class TrainStep:
             if parameters and optimizer.config.clip_grad > 0.0:
                 megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
+        self.num_updates += 1
 
 
 def _loss(batch: Batch, output: RowLosses) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's (loss sum, denominator, what to collect): the last is the vector that ``_reduce`` unpacks."""
+    """Megatron's (loss sum, denominator, what to collect): the last is the vector that ``_measure`` unpacks."""
     n = batch.num_rows
     ce_R = output.cross_entropy_R[:n].double()
     bin_R = (batch.noise_levels_R[:n] * NOISE_BINS).ceil().long().clamp(1, NOISE_BINS) - 1

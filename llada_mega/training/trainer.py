@@ -25,7 +25,7 @@ class Trainer:
         curriculum: stages resolved to samples.
         contract: what a resumed run must have in common with this one.
         state: where the run stands (fresh, or read from a checkpoint).
-        batches: this rank's micro-batches, one list a step, starting at ``state.consumed_samples``.
+        batches: this data-parallel rank's micro-batches, one list a step, starting at ``state.consumed_samples``.
         callbacks: features, in the order in which their hooks run.
         writes_files: True on the one rank that writes files.
     """
@@ -63,8 +63,10 @@ class Trainer:
                     stage = self.stage
                     self._call("on_stage_begin", stage)
                 self._call("on_step_begin")
+                batches = next(self.batches)
+                self._call("on_batches", batches)
                 measured, applied = self.step(
-                    next(self.batches),
+                    batches,
                     learning_rate=self.curriculum.learning_rate(self.state.consumed_samples),
                     embedding_noise_std=self.embedding_noise_std(),
                     accept=self._accept,
@@ -81,12 +83,6 @@ class Trainer:
     def embedding_noise_std(self) -> float:
         """Standard deviation of the noise on MASK embeddings at the next step."""
         return self.curriculum.embedding_noise_std(self.state.consumed_samples, self.state.embedding_rms)
-
-    def mask_embedding_rms(self) -> float:
-        """RMS of the MASK token's embedding, which decides whether a conversion is stable (arXiv 2512.15745)."""
-        token_id = self.config.model.mask_token_id
-        assert token_id is not None  # checked when the data was opened
-        return self.step.bare_model.embedding.row_rms(token_id)
 
     def log(self, row: dict[str, Any]) -> None:
         """Hand a row of metrics to every sink."""

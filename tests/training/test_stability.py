@@ -35,7 +35,7 @@ class Poison(Callback):
         self.weights: dict[int, torch.Tensor] = {}
 
     def on_step_begin(self, trainer: Trainer) -> None:
-        weight = trainer.step.bare_model.decoder.final_layernorm.weight
+        weight = trainer.step.bare_models[0].decoder.final_layernorm.weight
         if trainer.state.step + 1 in self.steps:
             self.weights[trainer.state.step + 1] = weight.detach().clone()
             weight.data.fill_(math.inf)
@@ -43,7 +43,7 @@ class Poison(Callback):
     def accept_step(self, trainer: Trainer, measured: StepMeasurement) -> bool:
         saved = self.weights.pop(trainer.state.step + 1, None)
         if saved is not None:
-            trainer.step.bare_model.decoder.final_layernorm.weight.data.copy_(saved)
+            trainer.step.bare_models[0].decoder.final_layernorm.weight.data.copy_(saved)
         return True
 
 
@@ -91,15 +91,15 @@ class FakeTrainer:
         self.warnings: list[str] = []
         self.state = type("State", (), {"step": 0, "consumed_samples": 0, "embedding_rms": 0.0})()
 
-    def mask_embedding_rms(self) -> float:
-        return 1.0
+    def embedding_noise_std(self) -> float:
+        return 0.0
 
     def warn(self, message: str, step: int | None = None) -> None:
         self.warnings.append(message)
 
 
 def measured(ce: float) -> StepMeasurement:
-    return StepMeasurement(ce, ce, 0.0, 1, 1, 1, 1.0)
+    return StepMeasurement(ce, ce, 0.0, 1, 1, 1, grad_norm=1.0, mask_embedding_rms=1.0, flops=1.0)
 
 
 def test_spikes_are_judged_by_the_median() -> None:
@@ -125,7 +125,7 @@ def test_a_zero_mask_embedding_is_named(configure: Configure, monkeypatch: pytes
 
     def build_with_zero_mask(*args: object, **kwargs: object) -> object:
         step = build_step(*args, **kwargs)
-        step.bare_model.embedding.word_embeddings.weight.data[256].zero_()
+        step.bare_models[0].embedding.word_embeddings.weight.data[256].zero_()
         return step
 
     build_step = run_module.build_step
@@ -142,7 +142,7 @@ def test_a_zero_mask_embedding_is_named(configure: Configure, monkeypatch: pytes
 def test_noise_that_ends_too_early_warns(configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def build_with_small_mask(*args: object, **kwargs: object) -> object:
         step = build_step(*args, **kwargs)
-        step.bare_model.embedding.word_embeddings.weight.data[256].mul_(1e-4)
+        step.bare_models[0].embedding.word_embeddings.weight.data[256].mul_(1e-4)
         return step
 
     build_step = run_module.build_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class CheckpointCallback(Callback):
         state["metrics"] = self._metrics if self._metrics.get("step") == trainer.state.step else {}
         write_error: CheckpointError | None = None
         try:
-            write.start(sharded_training_state(trainer.step))
+            write.start(sharded_training_state(trainer.step), sum_over_ranks=partial(_sum_over_ranks, groups.device))
         except CheckpointError as error:
             write_error = error
         _raise_together(write_error, write, groups.device)
@@ -121,6 +122,12 @@ class _Pending:
             self.error = error
         except Exception as error:
             self.error = CheckpointError(f"checkpoint {self.write.directory} was not written: {error!r}")
+
+
+def _sum_over_ranks(device: torch.device, number: int) -> int:
+    total = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def _all_ranks(condition: bool, device: torch.device) -> bool:

@@ -55,7 +55,7 @@ class MetricsCallback(Callback):
             "grad_norm": measured.grad_norm,
             "lr": trainer.curriculum.learning_rate(consumed),
             "embedding_noise_std": trainer.curriculum.embedding_noise_std(consumed, trainer.state.embedding_rms),
-            "mask_embedding_rms": trainer.mask_embedding_rms(),
+            "mask_embedding_rms": measured.mask_embedding_rms,
             "ce_by_noise": measured.ce_by_noise,
             "applied": applied,
             "tokens_per_s": self._tokens / seconds,

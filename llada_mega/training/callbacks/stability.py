@@ -37,18 +37,8 @@ class StabilityCallback(Callback):
         if trainer.state.consumed_samples == stage.start_sample:
             self._history.clear()  # another block size is another loss
 
-    def on_step_begin(self, trainer: Trainer) -> None:
-        noise = trainer.embedding_noise_std()
-        rms, floor = trainer.mask_embedding_rms(), SMALL_MASK_EMBEDDING * trainer.state.embedding_rms
-        if self._noise_was_on and noise == 0.0 and rms < floor:
-            trainer.warn(
-                f"the embedding noise ends while the MASK embedding is still small (RMS {rms:.2g}, a tenth of the "
-                f"table's is {floor:.2g}); gradients may explode: lengthen "
-                "curriculum.stages[*].embedding_noise.decay_tokens",
-            )
-        self._noise_was_on = noise > 0.0
-
     def accept_step(self, trainer: Trainer, measured: StepMeasurement) -> bool:
+        self._check_end_of_noise(trainer, measured.mask_embedding_rms)
         problem, policy = self._judge(trainer, measured)
         if problem is None:
             self._history.append(measured.ce_masked)
@@ -65,10 +55,20 @@ class StabilityCallback(Callback):
             raise TrainingError(f"step {step}: {self._skipped} steps in a row were skipped; the run stops")
         return False
 
+    def _check_end_of_noise(self, trainer: Trainer, rms: float) -> None:
+        noise, floor = trainer.embedding_noise_std(), SMALL_MASK_EMBEDDING * trainer.state.embedding_rms
+        if self._noise_was_on and noise == 0.0 and rms < floor:
+            trainer.warn(
+                f"the embedding noise ends while the MASK embedding is still small (RMS {rms:.2g}, a tenth of the "
+                f"table's is {floor:.2g}); gradients may explode: lengthen "
+                "curriculum.stages[*].embedding_noise.decay_tokens",
+            )
+        self._noise_was_on = noise > 0.0
+
     def _judge(self, trainer: Trainer, measured: StepMeasurement) -> tuple[str | None, str]:
         if not (math.isfinite(measured.loss) and math.isfinite(measured.grad_norm)):
             text = f"loss {measured.loss:.4g}, gradient norm {measured.grad_norm:.4g} are not finite"
-            if trainer.mask_embedding_rms() < SMALL_MASK_EMBEDDING * trainer.state.embedding_rms:
+            if measured.mask_embedding_rms < SMALL_MASK_EMBEDDING * trainer.state.embedding_rms:
                 text += (
                     "; the MASK embedding is almost zero, which makes this happen:"
                     " set curriculum.stages[0].embedding_noise.decay_tokens"

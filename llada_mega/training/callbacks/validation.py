@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from llada_mega.config.training import ValidationConfig
 from llada_mega.data.sample import Sample
 from llada_mega.evaluation.losses import evaluate
+from llada_mega.evaluation.scoring import ModelScorer
+from llada_mega.parallel import ParallelGroups
 from llada_mega.training.callback import Callback
 from llada_mega.training.state import StepMeasurement
 from llada_mega.training.trainer import Trainer
@@ -41,17 +41,17 @@ class ValidationCallback(Callback):
 
     def _validate(self, trainer: Trainer) -> None:
         self._last_step = trainer.state.step
-        data_parallel = trainer.step.groups.dp
+        groups = trainer.step.groups
         result = evaluate(
-            trainer.step.bare_model,
+            ModelScorer(*trainer.step.bare_models),
             self.samples,
             block_sizes=self.config.block_sizes,
             noise_levels=self.config.noise_levels,
             batch_size=self.config.batch_size,
             seed=self.seed,
             block_origin=trainer.config.data.block_origin,
-            shard=(data_parallel.rank(), data_parallel.size()),
-            reduce=partial(_sum_over, data_parallel, trainer.step.device),
+            shard=(groups.dp.rank(), groups.dp.size()),
+            reduce=partial(_sum_over, groups),
         )
         row: dict[str, Any] = {"step": trainer.state.step, "valid/ar_nll": result["ar_nll"]}
         for block_size, values in result["block_sizes"].items():
@@ -59,7 +59,8 @@ class ValidationCallback(Callback):
         trainer.log(row)
 
 
-def _sum_over(group: ProcessGroup, device: torch.device, sums: Tensor) -> Tensor:
-    sums = sums.to(device)
-    dist.all_reduce(sums, group=group)
+def _sum_over(groups: ParallelGroups, sums: Tensor) -> Tensor:
+    sums = sums.to(groups.device)
+    for group in (groups.dp_cp, groups.pp):
+        dist.all_reduce(sums, group=group)
     return sums.cpu()
