@@ -38,5 +38,6 @@ class ParallelConfig:
     recompute: str = "none"  # none | selective | full
     distributed_optimizer: bool = False
     overlap: bool = False  # gradient reduction and parameter gathering run beside the backward and forward pass
+    gradient_accumulation_fusion: Optional[bool] = None  # in the matrix product; null: where TE or apex has a kernel
     backend: str = "auto"  # auto | nccl | gloo; auto: nccl with CUDA
     timeout_minutes: int = 30  # a collective that waits longer ends the run

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+import llada_mega.parallel  # noqa: F401  first: it decides which optional libraries Megatron-Core sees
+
 with warnings.catch_warnings():  # Megatron-Core lists what is not installed: llada-mega doctor does that
     warnings.simplefilter("ignore")
     from llada_mega.models.embedding import EmbeddingNoise, NoisyEmbedding

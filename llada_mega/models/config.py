@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from llada_kernels import choose_backend
 from megatron.core.transformer import TransformerConfig
 
+from llada_mega.config.checks import divides
+from llada_mega.config.layout import check_layout
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
+from llada_mega.parallel.capabilities import choose_gradient_fusion, choose_implementation
 from llada_mega.parallel.megatron_compat import transformer_config
 
 VOCAB_MULTIPLE = 128
@@ -22,31 +25,17 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse shapes that cannot be built or split.
+    """Refuse shapes that cannot be built or split, and what this machine does not have.
 
     Raises:
         ConfigError: naming the keys, the values and a fix.
     """
-    if model.implementation == "te":
-        raise ConfigError("model.implementation=te is not supported yet; use model.implementation=auto or local")
-    if model.implementation not in ("auto", "local"):
-        raise ConfigError(f"model.implementation={model.implementation} is unknown; use auto or local")
+    choose_implementation(model.implementation)
     try:
         choose_backend(model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
         raise ConfigError(f"model.attention_backend={model.attention_backend}: {error}") from error
-    if parallel.recompute not in ("none", "selective", "full"):
-        raise ConfigError(f"parallel.recompute={parallel.recompute} is unknown; use none, selective or full")
-    _check_division("model.num_attention_heads", model.num_attention_heads, "parallel.tp", parallel.tp)
-    _check_division("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tp", parallel.tp)
-    _check_division("model.num_layers", model.num_layers, "parallel.pp x parallel.vp", parallel.pp * (parallel.vp or 1))
-    _check_division(
-        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups
-    )
-    if model.num_query_groups % parallel.tp and parallel.tp % model.num_query_groups:
-        raise ConfigError(
-            f"parallel.tp={parallel.tp} and model.num_query_groups={model.num_query_groups}: one must divide the other"
-        )
+    divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     channels = model.head_dim * model.rotary_percent
     if abs(channels / 2 - round(channels / 2)) > 1e-6 or not 0.0 < model.rotary_percent <= 1.0:
         raise ConfigError(
@@ -54,19 +43,23 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"number of channels; use 1.0 or 0.5"
         )
     if model.is_moe:
-        _check_moe(model, parallel)
+        _check_moe(model)
+    check_layout(model, parallel)
 
 
 def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """The ``TransformerConfig`` of ``model`` under ``parallel`` with parameters and activations in ``dtype``.
 
     Parameters are initialised by :mod:`llada_mega.models.initialization`, the expert bias is updated by
-    :func:`llada_mega.models.router.update_expert_bias`: Megatron's own mechanisms for both are off.
+    :func:`llada_mega.models.router.update_expert_bias`: Megatron's own mechanisms for both are off. Weight gradients
+    are fused only when ``parallel.gradient_accumulation_fusion`` is true: it needs the buffers of data parallelism.
 
     Raises:
-        ConfigError: the shape cannot be built or split.
+        ConfigError: the shape cannot be built or split, or this machine cannot do what is asked for.
     """
     check_model(model, parallel)
+    implementation = choose_implementation(model.implementation, dtype).name
+    fused_gradients = choose_gradient_fusion(parallel.gradient_accumulation_fusion or False, implementation).name
     fields: dict[str, object] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -91,18 +84,20 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "transformer_impl": "local",
+        "transformer_impl": "transformer_engine" if implementation == "te" else "local",
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
+        "apply_rope_fusion": implementation == "te",  # takes angles [S, 1, 1, d], so one sequence a call
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fused_gradients == "on",
         "calculate_per_token_loss": True,
         "hetereogenous_dist_checkpoint": True,  # (sic) one checkpoint key a layer
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vp,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
         "context_parallel_size": parallel.cp,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp,
@@ -112,7 +107,7 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
     }
     fields |= _recompute_fields(parallel) | _pipeline_fields(parallel)
     if model.is_moe:
-        fields |= _moe_fields(model, parallel, dtype)
+        fields |= _moe_fields(model, dtype, implementation)
     return transformer_config(**fields)
 
 
@@ -136,7 +131,7 @@ def _pipeline_fields(parallel: ParallelConfig) -> dict[str, object]:
     return {"batch_p2p_comm": False, "overlap_p2p_comm": True, "deallocate_pipeline_outputs": torch.cuda.is_available()}
 
 
-def _moe_fields(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
+def _moe_fields(model: ModelConfig, dtype: torch.dtype, implementation: str) -> dict[str, object]:
     moe = model.moe
     return {
         "num_moe_experts": moe.num_experts,
@@ -153,15 +148,14 @@ def _moe_fields(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": implementation == "te",
         "moe_permute_fusion": False,
     }
 
 
-def _check_moe(model: ModelConfig, parallel: ParallelConfig) -> None:
+def _check_moe(model: ModelConfig) -> None:
     moe = model.moe
-    _check_division("model.moe.num_experts", moe.num_experts, "parallel.ep", parallel.ep)
-    _check_division("model.moe.num_experts", moe.num_experts, "model.moe.num_groups", moe.num_groups)
+    divides("model.moe.num_groups", moe.num_groups, "model.moe.num_experts", moe.num_experts)
     if moe.num_groups > 1 and moe.top_k != 2 * moe.group_top_k:
         raise ConfigError(
             f"model.moe.top_k={moe.top_k} must be 2 x model.moe.group_top_k={moe.group_top_k}: groups are ranked by "
@@ -174,18 +168,3 @@ def _check_moe(model: ModelConfig, parallel: ParallelConfig) -> None:
     available = moe.num_experts // moe.num_groups * (moe.group_top_k if moe.num_groups > 1 else 1)
     if moe.top_k > available:
         raise ConfigError(f"model.moe.top_k={moe.top_k} exceeds the {available} experts it chooses from; lower it")
-    if parallel.dispatcher not in ("alltoall", "allgather"):
-        raise ConfigError(f"parallel.dispatcher={parallel.dispatcher} is unknown; use alltoall or allgather")
-    if parallel.dispatcher == "allgather" and parallel.pp > 1:
-        raise ConfigError(
-            f"parallel.dispatcher=allgather does not work with parallel.pp={parallel.pp}; "
-            f"use parallel.dispatcher=alltoall"
-        )
-    if parallel.tp > 1 and not parallel.sp:
-        raise ConfigError(f"parallel.tp={parallel.tp} with experts needs sequence parallelism; set parallel.sp=true")
-
-
-def _check_division(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if divisor < 1 or value % divisor:
-        fits = [str(candidate) for candidate in range(1, min(value, 64) + 1) if value % candidate == 0]
-        raise ConfigError(f"{divisor_name}={divisor} does not divide {name}={value}; use {', '.join(fits)}")

@@ -74,6 +74,7 @@ class BlockDiffusionModel(LanguageModule):
             # rows are chosen from the whole sequence, so this layer never sees it split
             output_config = copy.copy(config)
             output_config.sequence_parallel = False
+            output_config.gradient_accumulation_fusion = False  # its gradient is made with the loss
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,
