@@ -21,6 +21,7 @@ from llada_mega.commands.processes import start_processes
 from llada_mega.config.compose import compose, compose_yaml, expand_sweep, is_swept
 from llada_mega.config.schema import Config
 from llada_mega.errors import ConfigError, LladaMegaError
+from llada_mega.ranks import has_launcher, record_failure
 
 FLAGS = "--help, --cfg job and --multirun"
 
@@ -43,17 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except LladaMegaError as error:
-        if os.environ.get("LLADA_MEGA_DEBUG") == "1":
-            traceback.print_exception(error)
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        if not record_failure(error):
+            if os.environ.get("LLADA_MEGA_DEBUG") == "1":
+                traceback.print_exception(error)
+            rank = os.environ.get("RANK", "0")
+            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if not has_launcher():
+            print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if record_failure(error):
+            return 1
+        raise
 
 
 def _main(arguments: list[str]) -> int:
@@ -73,7 +80,7 @@ def _main(arguments: list[str]) -> int:
     options: Any = compose(command.options, invocation.overrides)
     command.check(options)
     if command.distributed and options.launch.nproc > 1 and "RANK" not in os.environ:
-        return start_processes(options.launch.nproc, [*command.name.split(), *invocation.overrides])
+        return start_processes(options.launch.nproc, [*command.name.split(), *invocation.overrides], options.run.dir)
     return command.run(options)
 
 

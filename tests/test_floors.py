@@ -18,6 +18,7 @@ SOURCES = sorted([*(ROOT / "llada_mega").rglob("*.py"), *(ROOT / "kernels" / "ll
 FLOORS = (
     ("llada_kernels",),
     ("errors",),
+    ("ranks",),
     ("diffusion",),
     ("config",),
     ("data", "parallel"),

@@ -1,7 +1,11 @@
-"""Starts the processes of one machine for ``launch.nproc``; across machines, torchrun does it."""
+"""Starts the processes of one machine for ``launch.nproc``; across machines, torchrun does it.
+
+The processes see the same environment as under torchrun and report errors in the same way (:mod:`llada_mega.ranks`).
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,43 +15,79 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from llada_mega.ranks import ERROR_FILE_VARIABLE, log_path
 
 COMMAND = (sys.executable, "-m", "llada_mega")
-_POLL_SECONDS = 0.1
-_ALIKE_SECONDS = 5.0  # between ranks that fail for the same reason
-_GRACE_SECONDS = 10.0  # to end after SIGTERM
+GRACE_SECONDS = 10.0  # for the other ranks to end by themselves, and again after they were asked to
+_POLL_SECONDS = 0.05
+_LAST_LINES = 20  # of the log of a rank that died without a word
 
 
-def start_processes(count: int, arguments: Sequence[str], command: Sequence[str] = COMMAND) -> int:
-    """Runs ``<command> <arguments>`` as ``count`` ranks and returns the status of the first that failed.
+@dataclass
+class _Process:
+    rank: int
+    process: subprocess.Popen[bytes]
+    error_file: Path
+    log: Path
+    seen_alive: float = 0.0
 
-    When one rank fails the others are stopped: they would wait for it for ever. Rank 0 speaks for all; what another
-    rank wrote to standard error is shown only if it was the one to fail.
+    @property
+    def has_failed(self) -> bool:
+        return bool(self.process.poll()) or (self.process.returncode is None and self.error_file.exists())
+
+    @property
+    def failed_at(self) -> float:
+        """When it said so, else the last time it was known to live: who died silently died before who complained."""
+        return self.error_file.stat().st_mtime if self.error_file.exists() else self.seen_alive
+
+
+def start_processes(count: int, arguments: Sequence[str], run_dir: str | Path, command: Sequence[str] = COMMAND) -> int:
+    """Runs ``<command> <arguments>`` as ``count`` ranks and returns 0, or the status of the rank that failed first.
+
+    When one rank fails the others are stopped: they would wait for it for ever. The earliest error is shown, whichever
+    rank's it is. Rank 0 has the terminal; the output of the others goes to their logs in ``run_dir``.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; all ranks were interrupted and have ended.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[_Process] = []
     with ExitStack() as stack:
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave no rank behind
         stack.callback(signal.signal, signal.SIGTERM, previous)
-        stack.callback(_stop, processes)
-        errors = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count))]
-        for rank, stream in enumerate(errors):
-            processes.append(
-                subprocess.Popen([*command, *arguments], env=_environment(rank, count, port), stderr=stream)
+        errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llada_mega_")))
+        stack.callback(_stop, processes, signal.SIGTERM)
+        for rank in range(count):
+            error_file, log = errors / f"{rank}.json", log_path(run_dir, rank)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(log.open("ab")) if rank else None
+            process = subprocess.Popen(
+                [*command, *arguments],
+                env=_environment(rank, count, port, error_file),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C reaches this process, which passes it on once
             )
-        failed = _wait(processes)
-        if failed is None:
+            processes.append(_Process(rank, process, error_file, log, time.time()))
+        try:
+            first = _wait(processes)
+        except KeyboardInterrupt:
+            _stop(processes, signal.SIGINT)
+            raise
+        if first is None:
             return 0
-        stream = errors[failed]
-        if stream is not None:
-            stream.seek(0)
-            sys.stderr.write(stream.read().decode(errors="replace"))
-        return abs(processes[failed].returncode)
+        _settle(processes)
+        print(_last_words(first), file=sys.stderr)
+        code = first.process.poll()
+        return 1 if not code else 128 - code if code < 0 else code
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def _environment(rank: int, count: int, port: int, error_file: Path) -> dict[str, str]:
     variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -55,37 +95,62 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        ERROR_FILE_VARIABLE: error_file,
     }
     environment = os.environ | {name: str(value) for name, value in variables.items()}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     return environment
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The rank that failed, or None when all have ended well.
-
-    A mistake that all ranks find ends each of them at its own time: rank 0 gets some seconds to be the one that failed.
-    """
-    deadline = None
+def _wait(processes: Sequence[_Process]) -> _Process | None:
+    """The rank that failed first, or None when all have ended well."""
     while True:
-        statuses = [process.poll() for process in processes]
-        failed = [rank for rank, status in enumerate(statuses) if status]
+        failed = [process for process in processes if process.has_failed]
         if failed:
-            deadline = deadline or time.monotonic() + _ALIKE_SECONDS
-            if statuses[0] is not None or time.monotonic() > deadline:
-                return failed[0]
-        elif all(status == 0 for status in statuses):
+            return min(failed, key=lambda process: process.failed_at)
+        if all(process.process.returncode == 0 for process in processes):
             return None
+        now = time.time()
+        for process in processes:
+            if process.process.returncode is None:
+                process.seen_alive = now
         time.sleep(_POLL_SECONDS)
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    running = [process for process in processes if process.poll() is None]
+def _settle(processes: Sequence[_Process]) -> None:
+    """Ranks that lost a peer notice it and close their files; those that do not are stopped later."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(process.process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _last_words(process: _Process) -> str:
+    name = "error" if process.rank == 0 else f"error (rank {process.rank})"
+    if process.error_file.exists():
+        words = json.loads(process.error_file.read_text("utf-8"))["message"]["extraInfo"]["py_callstack"]
+        if "\n" not in words:
+            return f"{name}: {words}"
+        return f"{words}\n{name}: the traceback is above, more in {process.log}"
+    code = process.process.returncode
+    cause = f"ended with status {code}"
+    if code < 0:
+        cause = f"was killed by {signal.Signals(-code).name}"
+        cause += " (was there enough memory?)" if -code == signal.SIGKILL else ""
+    said = process.log.read_text("utf-8", errors="replace").splitlines()[-_LAST_LINES:] if process.log.exists() else []
+    return "\n".join([*said, f"{name}: rank {process.rank} {cause}; its log is {process.log}"])
+
+
+def _stop(processes: Sequence[_Process], with_signal: signal.Signals) -> None:
+    running = [process.process for process in processes if process.process.poll() is None]
     for process in running:
-        process.terminate()
-    for process in running:
-        try:
-            process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
+        process.send_signal(with_signal)
+    deadline = time.monotonic() + GRACE_SECONDS
+    try:
+        for process in running:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also when Ctrl-C is pressed a second time
+        for process in running:
             process.kill()
             process.wait()

@@ -12,6 +12,7 @@ from llada_mega.config.preflight import check_paths, check_supported
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
 from llada_mega.errors import ConfigError
+from llada_mega.ranks import rank_log
 
 
 def world_size(config: Config) -> int:
@@ -44,7 +45,8 @@ def run(config: Config) -> int:
     """Trains, or raises what stopped the run."""
     from llada_mega.training.run import run_training
 
-    run_training(config)
+    with rank_log(config.run.dir):
+        run_training(config)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from llada_mega.config.layout import check_group_sizes
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
 from llada_mega.parallel import cpu_runtime
+from llada_mega.ranks import record_failure
 
 COORDINATES = ("dp", "pp", "cp", "tp", "ep")
 
@@ -154,6 +156,8 @@ def destroy() -> None:
     global _groups
     if _groups is None:
         return
+    if (error := sys.exception()) is not None:
+        record_failure(error)  # before the other ranks notice that this one hangs up, and fail of that
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -1,0 +1,121 @@
+"""What a process of a distributed run does besides its work: it keeps a log of its own and leaves its last words.
+
+Launchers, torchrun and ``launch.nproc`` alike, name a file for the error of each process in the environment
+(``TORCHELASTIC_ERROR_FILE``, the protocol of ``torch.distributed.elastic.multiprocessing.errors``). They show the
+earliest error, because the others only follow from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from llada_mega.errors import LladaMegaError
+
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+
+
+def has_launcher() -> bool:
+    """True when errors of this process are shown by the one that started it."""
+    return ERROR_FILE_VARIABLE in os.environ
+
+
+def log_path(run_dir: str | Path, rank: int) -> Path:
+    """``RUN/logs/rank_0005.log``."""
+    return Path(run_dir) / "logs" / f"rank_{rank:04d}.log"
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line for what a user can mend, a traceback for everything else."""
+    if isinstance(error, LladaMegaError) and os.environ.get("LLADA_MEGA_DEBUG") != "1":
+        return str(error)
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def record_failure(error: BaseException) -> bool:
+    """Write ``error`` where the launcher looks for it; the first call of a process counts.
+
+    To be called before the process lets go of anything that other ranks wait for: their errors must be later.
+
+    Returns:
+        whether there is a launcher that will show it.
+    """
+    if not has_launcher() or isinstance(error, KeyboardInterrupt | SystemExit):
+        return False
+    words = {"py_callstack": describe_failure(error), "timestamp": str(int(time.time()))}
+    with (
+        contextlib.suppress(FileExistsError),
+        Path(os.environ[ERROR_FILE_VARIABLE]).open("x", encoding="utf-8") as file,
+    ):
+        json.dump({"message": {"message": str(error), "extraInfo": words}}, file)
+    return True
+
+
+@contextlib.contextmanager
+def rank_log(run_dir: str | Path) -> Iterator[None]:
+    """Keep ``RUN/logs/rank_NNNN.log`` while the context lasts.
+
+    It holds the log records and warnings of this process, its last error, and the stacks of a fatal signal. All but
+    rank 0 also write there what they would have written to the terminal, C and C++ libraries included.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    path = log_path(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("a", encoding="utf-8"))
+        stack.enter_context(_logging_to(path))
+        if not faulthandler.is_enabled():
+            faulthandler.enable(file)
+            stack.callback(faulthandler.disable)
+        if rank:
+            stack.enter_context(_output_to(file.fileno()))
+        try:
+            yield
+        except BaseException as error:
+            file.write(describe_failure(error) + "\n")
+            raise
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("llada_mega")
+    level = ours.level
+    root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _output_to(descriptor: int) -> Iterator[None]:
+    """Standard output and error of the whole process, not only Python's streams, go to ``descriptor``."""
+    _flush()
+    saved = [(number, os.dup(number)) for number in (1, 2)]
+    for number, _ in saved:
+        os.dup2(descriptor, number)
+    try:
+        yield
+    finally:
+        _flush()
+        for number, copy in saved:
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
