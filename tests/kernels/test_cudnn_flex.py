@@ -94,6 +94,9 @@ def test_whatever_may_compile_holds_the_lock(package: StandIn, tmp_path: Path, m
         query, key, value = (x.requires_grad_() for x in make_inputs(mask, 2, 1))
         cudnn_flex.attention(query, key, value, mask, 1.0)[0].sum().backward()
         assert locked == dict.fromkeys(names, first)  # another length compiles nothing
+        locked.clear()
+        cudnn_flex.attention(query, key, value, mask, 1.0)[1].sum().backward()
+        assert locked == {"FlexAttentionBwd": first}  # with the gradient of the lse it is another kernel
     cudnn_flex._package.cache_clear()
 
 
@@ -150,6 +153,16 @@ def test_sequence_first_layout_is_read_and_written_in_place(package: StandIn) ->
     assert [x.data_ptr() for x in args[:3]] == [x.data_ptr() for x in sequence_first]
 
 
+def test_two_layouts_of_one_shape(package: StandIn) -> None:
+    mask = IntervalMask.mdlm([6, 10])
+    inputs = make_inputs(mask, 4, 2, batch=2)
+    sequence_first = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs)
+    want = run(inputs, mask, "reference")
+    for variant in (inputs, sequence_first, inputs):
+        assert_close(run(variant, mask, "cudnn"), want)  # type: ignore[arg-type]
+    assert package.count("FlexAttentionFwd") == 2
+
+
 def test_a_slice_of_one_projection_is_read_in_place(package: StandIn) -> None:
     mask = IntervalMask.mdlm([16])
     fused = torch.randn(16, 1, 2, 6, 8, requires_grad=True)  # [S, B, groups, 4 queries + key + value, D]
@@ -167,10 +180,11 @@ def test_a_slice_of_one_projection_is_read_in_place(package: StandIn) -> None:
     [
         lambda x: x[:, :1].expand(x.shape),
         lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+        lambda x: x.repeat_interleave(4, -1)[..., ::4],
         lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
         lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1],
     ],
-    ids=["expanded", "features apart", "address not aligned", "strides not aligned"],
+    ids=["expanded", "features apart", "every fourth feature", "address not aligned", "strides not aligned"],
 )
 def test_what_the_kernels_cannot_read_is_copied(package: StandIn, spoil: Any) -> None:
     mask = IntervalMask.mdlm([9, 7])
@@ -193,6 +207,7 @@ def test_gradients_of_one_output_only_and_nan_where_nothing_is_seen(package: Sta
         output, lse = interval_attention(*inputs, mask, backend=backend, return_lse=True)
         assert (output[:, blind] == 0).all() and (lse[:, blind] == -torch.inf).all()
         grad_lse = lse.detach().masked_fill(lse == -torch.inf, torch.nan)
+        grad_lse = grad_lse.clone(memory_format=torch.contiguous_format)  # the package wants heads before rows
         from_lse = torch.autograd.grad(lse, inputs[:2], grad_lse, retain_graph=True)
         results[backend] = [*from_lse, *torch.autograd.grad(output.square().sum(), inputs)]
     torch.testing.assert_close(results["cudnn"], results["reference"], rtol=1e-5, atol=1e-5)

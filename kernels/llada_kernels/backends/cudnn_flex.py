@@ -123,7 +123,7 @@ class Plan:
         if plan is None:
             cls.built += 1
             kernels = (query.dtype, head_dim, heads // key.shape[2], heads, backward)
-            endpoints = mask.endpoints.repeat(1, batch)[None]  # rows of all batch entries, one after the other
+            endpoints = mask.endpoints.repeat(1, 1, batch)  # [1, nfunc, rows of all batch entries]
             flex = _package(query.device)
             with cudnn_cache.first_use(("plan", *kernels)):
                 plan = cls(flex.create_mask_plan(endpoints, query, key, value, build_backward=backward), kernels)
