@@ -21,7 +21,7 @@ from typing import Any
 from aot.cubin import GROUPS, embedded_cubins, read_kernels
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-PACKAGES = ("torch", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-python", "triton")
+PACKAGES = ("torch", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-bindings", "triton")
 # Local memory that is known: (architecture, kernel) -> instructions. The deterministic backward for Blackwell keeps one
 # address there, with one store at its start and one load.
 KNOWN_LOCAL = {("sm_100a", "bwd"): 2}
@@ -47,6 +47,8 @@ def main() -> int:
             print(f"error: the cuDNN kernels do not compile for {arch}", file=sys.stderr)
             return 1
         seconds = time.monotonic() - started
+        for stale in (options.output / arch).glob("*.cubin"):
+            stale.unlink()
         kernels = [kernel for path, use in objects.items() for kernel in inspect(path, use, options.output / arch)]
         print(f"\n{arch}: {len(kernels)} kernels in {seconds:.0f} s\n{table(kernels)}")
         packages = {name: _version(name) for name in PACKAGES}
