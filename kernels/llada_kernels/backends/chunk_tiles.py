@@ -1,20 +1,10 @@
-"""Cut an interval mask into rectangles of query rows and keys for the backward pass of the CPU backend.
-
-Once the log-sum-exp of every row is known, the gradient of attention is a plain sum over (row, key) pairs, so any set
-of rectangles that covers the visible pairs once will do. Large ones are fast, and so are many equal ones at a constant
-distance, which one call serves as a batch of views. Under a staircase (keys that grow with the row: causal masks, clean
-prefixes) the cut is dyadic: one square of half the size, two of a quarter, four of an eighth, each size one batch.
-"""
+"""A tile: rows of an interval mask times the keys that they see, or a batch of equal ones. The CPU backend's unit."""
 
 from __future__ import annotations
 
-import math
-import sys
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
-from operator import lt
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,53 +12,95 @@ from torch import Tensor
 
 from llada_kernels.interval_mask import visible_keys
 
-# What a tile costs beyond its pairs, tuned on one core (AVX-512, torch 2.13; twice as much hardly matters): itself, in
-# heads x head dim x pairs, and each of its rows and keys, in pairs.
-TILE_COST_FLOPS = 150_000
-LINE_COST_PAIRS = 6
 # An additive mask makes a pair this much dearer.
 MASKED_PAIR = 1.06
-# Rows of a tile or chunk that needs an additive mask: bounds that mask, and so the memory, by O(keys).
+# Rows of a tile that needs an additive mask: bounds that mask, and so the memory, by O(keys).
 MAX_MASKED_ROWS = 128
-# A rectangle that all rows share is cut out when it is at least this wide and not much narrower than tall.
-MIN_SHARED_KEYS = 16
-# Keys of a tile: with more, the kernel's workspace outgrows a core's L2 cache (5 % slower). Rows of a tile, and rows or
-# keys of a batch: more gains nothing and only needs memory.
-MAX_TILE_KEYS = 256
-MAX_TILE_ROWS = 1024
-MAX_BATCH_LINES = 512
+# Rows, and keys, of a batch: more gains nothing and only needs memory.
+MAX_BATCH_LINES = 1024
+
+Interval = tuple[int, int]
+Pattern = tuple[tuple[int, tuple[Interval, ...]], ...]  # rows, and what they see, counted from the tile's first key
 
 
-Pattern = tuple[tuple[int, int, int], ...]  # (rows, low, high) of each run, keys counted from the tile's first
+class Cost(NamedTuple):
+    """What a tile costs beyond its pairs, in pairs: once, and for each of its keys (and rows, backward)."""
+
+    fixed: int
+    line: int
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``count`` rectangles of rows and keys, ``row_step`` and ``key_step`` apart, with the same visible pairs."""
+    """Consecutive rows times intervals of keys; ``count`` of them, ``row_step`` and ``key_step`` apart."""
 
     first_row: int
     num_rows: int
-    first_key: int
-    num_keys: int
-    pattern: Pattern | None  # None: every row sees every key
+    keys: tuple[Interval, ...]  # disjoint [start, end), in the order in which they are read
+    pattern: Pattern | None = None  # who sees what; None: every row sees every key
+    shared_keys: int = 0  # with a pattern: the first so many keys are known to be seen by all rows
     count: int = 1
     row_step: int = 0
     key_step: int = 0
 
+    @cached_property
+    def num_keys(self) -> int:
+        """Keys of one of the rectangles."""
+        return size(self.keys)
+
+    def singles(self) -> Iterator[Tile]:
+        """The rectangles one by one."""
+        for i in range(self.count):
+            keys = tuple((low + i * self.key_step, high + i * self.key_step) for low, high in self.keys)
+            yield replace(
+                self, first_row=self.first_row + i * self.row_step, keys=keys, count=1, row_step=0, key_step=0
+            )
+
     def visible(self) -> Tensor:
-        """The pairs of one rectangle, bool ``[num_rows, num_keys]``."""
+        """The pairs of one of the rectangles without the shared keys: bool ``[rows, keys - shared keys]``."""
+        first_key = self.keys[0][0]
+        keys = torch.cat([torch.arange(low - first_key, high - first_key) for low, high in self.keys])[
+            self.shared_keys :
+        ]
         if self.pattern is None:
-            return torch.ones(self.num_rows, self.num_keys, dtype=torch.bool)
-        count, low, high = torch.tensor(self.pattern).T
-        endpoints = torch.stack((torch.zeros_like(low), low, high)).repeat_interleave(count, 1)
-        return visible_keys(endpoints, torch.arange(self.num_keys))
+            return torch.ones(self.num_rows, keys.numel(), dtype=torch.bool)
+        most = max(len(intervals) for _, intervals in self.pattern)
+        nothing = int(keys.min())  # endpoints begin with an interval from the first key on
+        runs = [[nothing, *sum(intervals, ()), *(0, 0) * (most - len(intervals))] for _, intervals in self.pattern]
+        counts = torch.tensor([count for count, _ in self.pattern])
+        return visible_keys(torch.tensor(runs).T, keys).repeat_interleave(counts, 0)
 
 
-class Cost(NamedTuple):
-    """What a rectangle costs beyond its pairs, in pairs: once, and for each of its keys (and rows, backward)."""
+def batches(tiles: list[Tile]) -> Iterator[Tile]:
+    """Equal tiles at constant distances become one."""
 
-    fixed: int
-    line: int
+    def kind(tile: Tile) -> tuple[int, tuple[Interval, ...], Pattern]:
+        first_key = tile.keys[0][0]
+        keys = tuple((low - first_key, high - first_key) for low, high in tile.keys)
+        return tile.num_rows, keys, tile.pattern or ()
+
+    batch: Tile | None = None
+    batch_kind = None
+    kinds = {id(tile): kind(tile) for tile in tiles}
+    for tile in sorted(tiles, key=lambda tile: (kinds[id(tile)], tile.first_row - tile.keys[0][0], tile.first_row)):
+        joined = _join(batch, tile) if batch is not None and batch_kind == kinds[id(tile)] else None
+        if batch is not None and joined is None:
+            yield batch
+        batch, batch_kind = joined or tile, kinds[id(tile)]
+    if batch is not None:
+        yield batch
+
+
+def _join(batch: Tile, tile: Tile) -> Tile | None:
+    """``batch`` with an equal tile after it; None when that is too large or no batch of disjoint views."""
+    row_step = tile.first_row - batch.first_row - batch.row_step * (batch.count - 1)
+    key_step = tile.keys[0][0] - batch.keys[0][0] - batch.key_step * (batch.count - 1)
+    too_large = (batch.count + 1) * max(tile.num_rows, tile.num_keys) > MAX_BATCH_LINES
+    overlap = row_step < tile.num_rows or key_step < max(high - low for low, high in tile.keys)
+    irregular = batch.count > 1 and (row_step, key_step) != (batch.row_step, batch.key_step)
+    if too_large or overlap or irregular:
+        return None
+    return replace(batch, count=batch.count + 1, row_step=row_step, key_step=key_step)
 
 
 def run_starts(columns: Tensor) -> Tensor:
@@ -78,138 +110,6 @@ def run_starts(columns: Tensor) -> Tensor:
     return starts.nonzero()[:, 0]
 
 
-def tiles(endpoints: Tensor, cost: Cost) -> tuple[Tile, ...]:
-    """Tiles that hold each visible pair of ``endpoints`` ``[nfunc, rows]`` once, and no row or key nobody needs."""
-    found: list[Tile] = []
-    zero = torch.zeros_like(endpoints[:1])
-    for column in torch.cat((zero, endpoints)).unflatten(0, (-1, 2)):
-        runs = _Runs(column)
-        for first, last in runs.segments():
-            found += _cover(runs, first, last, 0, sys.maxsize, cost)[1]
-    return tuple(_batches([piece for tile in found for piece in _pieces(tile)]))
-
-
-class _Runs:
-    """Runs of rows that see the same interval of keys, from one interval a row (int ``[2, rows]``)."""
-
-    def __init__(self, column: Tensor) -> None:
-        first_rows = run_starts(column)
-        self.low, self.high = low, high = column[:, first_rows].tolist()
-        self.rows = [*first_rows.tolist(), column.shape[1]]  # run i is of the rows [rows[i], rows[i + 1])
-        # Places where neighbours share no key: between documents, between blocks. A run that sees nothing and starts
-        # where its neighbour does is the first step of the same staircase.
-        self.gaps = [
-            i
-            for i in range(1, len(low))
-            if low[i] != low[i - 1] and max(low[i], low[i - 1]) >= min(high[i], high[i - 1])
-        ]
-
-    def segments(self) -> Iterator[tuple[int, int]]:
-        """Runs [first, last), without stretches that see nothing, except for first steps of staircases."""
-        low, high = self.low, self.high
-        starts = [None, *(a if b > a else None for a, b in zip(low, high, strict=True)), None]
-        kept = [b > a or a in (starts[i], starts[i + 2]) for i, (a, b) in enumerate(zip(low, high, strict=True))]
-        for keep, group in groupby(range(len(kept)), key=kept.__getitem__):
-            if keep:
-                first, *others = group
-                yield first, first + 1 + len(others)
-
-    def middle(self, first: int, last: int) -> int:
-        """Where to cut the runs [first, last): after the largest power of two of gaps, or of runs if there is no gap.
-
-        So equal staircases are cut into equal tiles.
-        """
-        places = self.gaps[bisect_right(self.gaps, first) : bisect_left(self.gaps, last)] or range(first + 1, last)
-        return places[(1 << (len(places).bit_length() - 1)) - 1]
-
-
-def _cover(runs: _Runs, first: int, last: int, start: int, end: int, cost: Cost) -> tuple[float, list[Tile]]:
-    """Tiles for the keys [start, end) of the runs [first, last), and what they cost."""
-    lows, highs = _clip(runs.low[first:last], start, end), _clip(runs.high[first:last], start, end)
-    skip, stop = 0, last - first  # what sees nothing at either end
-    while skip < stop and lows[skip] == highs[skip]:
-        skip += 1
-    while skip < stop and lows[stop - 1] == highs[stop - 1]:
-        stop -= 1
-    if skip == stop:
-        return 0.0, []
-    lows, highs, rows = lows[skip:stop], highs[skip:stop], runs.rows[first + skip : first + stop + 1]
-    low, shared_low, shared_high, high = min(lows), max(lows), min(highs), max(highs)
-    num_rows, num_keys = rows[-1] - rows[0], high - low
-    pairs, overhead = num_rows * num_keys, cost.fixed + cost.line * (num_rows + num_keys)
-    if (low, high) == (shared_low, shared_high):
-        return overhead + pairs, [Tile(rows[0], num_rows, low, num_keys, None)]
-
-    counts = [after - before for before, after in pairwise(rows)] if num_rows <= MAX_MASKED_ROWS else []
-    one_tile: tuple[float, list[Tile]] = (math.inf, [])
-    if counts and _connected(lows, highs):
-        pattern = tuple((n, a - low, b - low) for n, a, b in zip(counts, lows, highs, strict=True))
-        one_tile = (overhead + MASKED_PAIR * pairs, [Tile(rows[0], num_rows, low, num_keys, pattern)])
-        if pairs - sum(n * (b - a) for n, a, b in pattern) <= cost.fixed:  # cutting would save less than a tile costs
-            return one_tile
-
-    if (skip, stop) == (0, last - first) and shared_high - shared_low >= max(MIN_SHARED_KEYS, num_rows // 2):
-        parts = [(first, last, *keys) for keys in pairwise((start, shared_low, shared_high, end))]
-    else:  # what sees nothing is not left out: the cuts of equal staircases would no longer be the same
-        middle = runs.middle(first, last)
-        parts = [(first, middle, start, end), (middle, last, start, end)]
-    covers = [_cover(runs, *part, cost) for part in parts]
-    several = (sum(price for price, _ in covers), [tile for _, found in covers for tile in found])
-    return min(one_tile, several, key=lambda cover: cover[0])
-
-
-def _clip(keys: list[int], start: int, end: int) -> list[int]:
-    return [start if key < start else end if key > end else key for key in keys]
-
-
-def _connected(lows: list[int], highs: list[int]) -> bool:
-    """Whether every run sees something and the keys that are seen follow each other without a gap."""
-    ordered = sorted(zip(lows, highs, strict=True))
-    reach = accumulate((high for _, high in ordered), max)
-    gap = any(low > end for (low, _), end in zip(ordered[1:], reach, strict=False))
-    return not gap and all(map(lt, lows, highs))
-
-
-def _pieces(tile: Tile) -> Iterator[Tile]:
-    """The tile in pieces of at most ``MAX_TILE_ROWS`` rows and ``MAX_TILE_KEYS`` keys, unless it needs a mask."""
-    if tile.pattern is not None:
-        yield tile
-        return
-    for first_row, num_rows in _even(tile.first_row, tile.num_rows, MAX_TILE_ROWS):
-        for first_key, num_keys in _even(tile.first_key, tile.num_keys, MAX_TILE_KEYS):
-            yield Tile(first_row, num_rows, first_key, num_keys, None)
-
-
-def _even(first: int, size: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Equal stretches (first, size), none longer than ``limit``."""
-    count = -(-size // limit)
-    bounds = [first + i * size // count for i in range(count + 1)]
-    yield from ((low, high - low) for low, high in pairwise(bounds))
-
-
-def _batches(found: list[Tile]) -> Iterator[Tile]:
-    """Equal tiles at constant distances become one."""
-
-    def kind(tile: Tile) -> tuple[int, int, Pattern]:
-        return tile.num_rows, tile.num_keys, tile.pattern or ()
-
-    batch: Tile | None = None
-    for tile in sorted(found, key=lambda tile: (kind(tile), tile.first_row - tile.first_key, tile.first_row)):
-        joined = _join(batch, tile) if batch is not None and kind(batch) == kind(tile) else None
-        if batch is not None and joined is None:
-            yield batch
-        batch = joined or tile
-    if batch is not None:
-        yield batch
-
-
-def _join(batch: Tile, tile: Tile) -> Tile | None:
-    """``batch`` with an equal tile after it; None when that is too large or no batch of disjoint views."""
-    row_step = tile.first_row - batch.first_row - batch.row_step * (batch.count - 1)
-    key_step = tile.first_key - batch.first_key - batch.key_step * (batch.count - 1)
-    too_large = (batch.count + 1) * max(tile.num_rows, tile.num_keys) > MAX_BATCH_LINES
-    overlap = row_step < tile.num_rows or key_step < tile.num_keys
-    irregular = batch.count > 1 and (row_step, key_step) != (batch.row_step, batch.key_step)
-    if too_large or overlap or irregular:
-        return None
-    return replace(batch, count=batch.count + 1, row_step=row_step, key_step=key_step)
+def size(intervals: Sequence[Interval]) -> int:
+    """Number of keys in disjoint intervals."""
+    return sum(high - low for low, high in intervals)

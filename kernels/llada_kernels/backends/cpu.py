@@ -1,12 +1,13 @@
 """The CPU backend: aten's fused CPU attention, called on the chunks of a plan that hold visible pairs only.
 
-Legend: B batch, S rows, K keys, H heads, D head dim; kernels see ``[B, H, S, D]`` views of ``[B, S, H, D]`` tensors.
+Legend: B batch, S rows, K keys, H heads, D head dim, N batch of a call: B, or the rectangles of a tile if B is 1.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from llada_kernels.backends import reference
-from llada_kernels.backends.chunk_plan import Chunk, ChunkPlan, Interval, refills
-from llada_kernels.backends.chunk_tiles import Tile
+from llada_kernels.backends.chunk_forward import refills
+from llada_kernels.backends.chunk_plan import ChunkPlan
+from llada_kernels.backends.chunk_tiles import Interval, Tile
 from llada_kernels.interval_mask import IntervalMask
 
 SUMMARY = "fused chunks of visible pairs on the CPU"
@@ -68,11 +70,10 @@ class _ChunkedAttention(torch.autograd.Function):
         if not plan.all_rows_see:
             output.zero_()
             lse.fill_(-math.inf)
-        for chunk, k, v, bias in _walk(plan, key, value):
-            q = query.narrow(1, chunk.first_row, chunk.num_rows).transpose(1, 2).float()
-            part, part_lse = _forward(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
-            output.narrow(1, chunk.first_row, chunk.num_rows).copy_(part.transpose(1, 2))
-            lse.narrow(1, chunk.first_row, chunk.num_rows).copy_(part_lse.transpose(1, 2))
+        for tile, k, v, bias in _walk(plan, key, value):
+            part, part_lse = _forward(_rows(query, tile).float(), k, v, 0.0, False, attn_mask=bias, scale=scale)
+            _rows(output, tile).copy_(part)
+            _rows(lse, tile).copy_(part_lse)
         ctx.save_for_backward(query, key, value, output, lse)
         return output, lse
 
@@ -89,67 +90,73 @@ class _ChunkedAttention(torch.autograd.Function):
             output = pad(output, (0, 1), value=1.0)
             query, key, value = pad(query, (0, 1)), pad(key, (0, 1)), pad(value, (0, 1))
         totals = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
-        for tile in ctx.plan.tiles:
-            q, o, lse_, grad = (_rows(x, tile).flatten(0, 1).float() for x in (query, output, lse, grad_output))
-            k, v = (_keys(x, tile).flatten(0, 1).float() for x in (key, value))
-            bias = ctx.plan.tile_bias(tile)
+        for tile in ctx.plan.backward:
+            q, o, lse_, grad = (_rows(x, tile).float() for x in (query, output, lse, grad_output))
+            k, v = (_keys(x, tile).float() for x in (key, value))
+            bias = ctx.plan.bias(tile)
             parts = _backward(grad, q, k, v, o, lse_, 0.0, False, attn_mask=bias, scale=ctx.scale)
             for total, part, cut in zip(totals, parts, (_rows, _keys, _keys), strict=True):
-                views = cut(total, tile)
-                views.add_(part.unflatten(0, views.shape[:2]))
+                cut(total, tile).add_(part)
         grads = []
         while totals:  # each float32 sum goes when its gradient is there
             grads.append(totals.pop(0)[..., :head_dim].to(dtype))
         return *grads, None, None
 
 
-def _walk(plan: ChunkPlan, key: Tensor, value: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor, Tensor | None]]:
-    """Each chunk with its keys and values, float32 ``[B, H, keys, D]``, and its additive mask.
+def _walk(plan: ChunkPlan, key: Tensor, value: Tensor) -> Iterator[tuple[Tile, Tensor, Tensor, Tensor | None]]:
+    """Each tile of the forward pass with its keys and values, float32 ``[N, H, keys, D]``, and additive mask.
 
-    A chunk that reads one interval of float32 keys gets a view. Others get their keys side by side in a buffer that is
-    refilled only where it differs from what the last such chunk left there, so copying costs O(K) in all.
+    A tile that reads one interval of float32 keys gets views. Others get their keys side by side in a buffer that is
+    refilled only where it differs from what the tile before left there. In descending order prefixes shrink, so nearly
+    all of it stays.
     """
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    batch, heads, _, head_dim = key.shape
-    buffered = {chunk for chunk in plan.chunks if len(chunk.keys) > 1 or key.dtype != torch.float32}
-    shape = (batch, heads, max((chunk.num_keys for chunk in buffered), default=0), head_dim)
-    key_buffer, value_buffer = (x.new_empty(shape, dtype=torch.float32) for x in (key, value))
-    bias_buffer = key.new_zeros(1, 1, plan.bias_rows, plan.bias_keys, dtype=torch.float32)
-    held: tuple[Interval, ...] = ()
-    for chunk in plan.chunks:
-        if chunk in buffered:
-            for position, first, count in refills(held, chunk.keys):
-                key_buffer.narrow(2, position, count).copy_(key.narrow(2, first, count))
-                value_buffer.narrow(2, position, count).copy_(value.narrow(2, first, count))
-            held = chunk.keys
-            k, v = (x.narrow(2, 0, chunk.num_keys) for x in (key_buffer, value_buffer))
-        else:
-            k, v = (x.narrow(2, chunk.keys[0][0], chunk.num_keys) for x in (key, value))
-        if chunk.full:
-            yield chunk, k, v, None
-            continue
-        # Right-aligned, so that the zeros over the keys that all rows see are written once for all chunks.
-        bias = bias_buffer[:, :, : chunk.num_rows, -chunk.num_keys :]
-        unshared = bias[..., chunk.shared_keys :].copy_(plan.chunk_bias(chunk))
-        yield chunk, k, v, bias
-        unshared.zero_()
+    zeros = key.new_zeros(1, 1, plan.masked_rows, plan.masked_keys, dtype=torch.float32)
+    for (count, _, step), group in groupby(
+        reversed(plan.forward), lambda tile: (tile.count, tile.row_step, tile.key_step)
+    ):
+        tiles = list(group)
+        copied = [len(tile.keys) > 1 or key.dtype != torch.float32 for tile in tiles]
+        capacity = max((tile.num_keys for tile, copy in zip(tiles, copied, strict=True) if copy), default=0)
+        shape = (key.shape[0] * count, key.shape[2], capacity, key.shape[3])
+        buffers = [x.new_empty(shape, dtype=torch.float32) for x in (key, value)]
+        held: tuple[Interval, ...] = ()
+        for tile, copy in zip(tiles, copied, strict=True):
+            if copy:
+                for position, first, size in refills(held, tile.keys):
+                    for buffer, x in zip(buffers, (key, value), strict=True):
+                        buffer.narrow(2, position, size).copy_(_windows(x, first, size, step, count))
+                held = tile.keys
+                k, v = (buffer.narrow(2, 0, tile.num_keys) for buffer in buffers)
+            else:
+                k, v = (_keys(x, tile) for x in (key, value))
+            bias = plan.bias(tile)
+            if bias is None:
+                yield tile, k, v, None
+                continue
+            # Right-aligned, so that the zeros over the keys that all rows see are written once for all tiles.
+            padded = zeros[:, :, : tile.num_rows, -tile.num_keys :]
+            unshared = padded.narrow(3, tile.shared_keys, bias.shape[1]).copy_(bias)
+            yield tile, k, v, padded
+            unshared.zero_()
 
 
 def _rows(x: Tensor, tile: Tile) -> Tensor:
-    """Views of a tile's rows of ``[B, S, H, ...]``, as ``[B, count, H, rows, ...]``."""
+    """Views of a tile's rows of ``[B, S, H, ...]``, as ``[N, H, rows, ...]``."""
     return _windows(x, tile.first_row, tile.num_rows, tile.row_step, tile.count)
 
 
 def _keys(x: Tensor, tile: Tile) -> Tensor:
-    """Views of a tile's keys of ``[B, K, H, ...]``, as ``[B, count, H, keys, ...]``."""
-    return _windows(x, tile.first_key, tile.num_keys, tile.key_step, tile.count)
+    """Views of the one interval of a tile's keys of ``[B, K, H, ...]``, as ``[N, H, keys, ...]``."""
+    return _windows(x, tile.keys[0][0], tile.num_keys, tile.key_step, tile.count)
 
 
 def _windows(x: Tensor, first: int, size: int, step: int, count: int) -> Tensor:
+    """``count`` stretches of dim 1, ``step`` apart, with the heads before them; N is the batch if ``count`` is 1."""
     batch, _, heads, *rest = x.shape
     of_batch, of_row, of_head, *of_rest = x.stride()
-    strides = (of_batch, step * of_row, of_head, of_row, *of_rest)
-    return x.as_strided((batch, count, heads, size, *rest), strides, x.storage_offset() + first * of_row)
+    outer, of_outer = (batch, of_batch) if count == 1 else (count, step * of_row)
+    strides = (of_outer, of_head, of_row, *of_rest)
+    return x.as_strided((outer, heads, size, *rest), strides, x.storage_offset() + first * of_row)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
