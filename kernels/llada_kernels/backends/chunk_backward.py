@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
-from operator import lt
+from operator import lt, mul, sub
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from llada_kernels.backends.chunk_tiles import MASKED_PAIR, MAX_MASKED_ROWS, Cos
 
 # A rectangle that all rows share is cut out when it is at least this wide and not much narrower than tall.
 MIN_SHARED_KEYS = 16
+# With more invisible pairs than so many tiles cost, a tile is cut without asking what that costs: cutting a staircase
+# saves half of them for two further tiles.
+TOO_MUCH_WASTE = 8
 # Keys of a tile: with more, the kernel's workspace outgrows a core's L2 cache (3 % slower). Rows: more gains nothing
 # and only needs memory.
 MAX_TILE_KEYS = 256
@@ -90,24 +93,31 @@ def _cover(runs: _Runs, first: int, last: int, start: int, end: int, cost: Cost)
     if (low, high) == (shared_low, shared_high):
         return overhead + pairs, [Tile(rows[0], num_rows, ((low, high),))]
 
-    counts = [after - before for before, after in pairwise(rows)] if num_rows <= MAX_MASKED_ROWS else []
-    one_tile: tuple[float, list[Tile]] = (math.inf, [])
-    if counts and _connected(lows, highs):
-        pattern = tuple((n, ((a - low, b - low),)) for n, a, b in zip(counts, lows, highs, strict=True))
-        one_tile = (overhead + MASKED_PAIR * pairs, [Tile(rows[0], num_rows, ((low, high),), pattern)])
-        if (
-            pairs - sum(n * (b - a) for n, a, b in zip(counts, lows, highs, strict=True)) <= cost.fixed
-        ):  # cutting would save less than a tile costs
-            return one_tile
+    one_price = math.inf  # of one tile with a mask
+    if num_rows <= MAX_MASKED_ROWS:
+        counts = [after - before for before, after in pairwise(rows)]
+        waste = pairs - sum(map(mul, counts, map(sub, highs, lows)))
+        if waste <= TOO_MUCH_WASTE * cost.fixed and _connected(lows, highs):
+            one_price = overhead + MASKED_PAIR * pairs
 
-    if (skip, stop) == (0, last - first) and shared_high - shared_low >= max(MIN_SHARED_KEYS, num_rows // 2):
-        parts = [(first, last, *keys) for keys in pairwise((start, shared_low, shared_high, end))]
+    def one_tile() -> tuple[float, list[Tile]]:
+        pattern = tuple((n, ((a - low, b - low),)) for n, a, b in zip(counts, lows, highs, strict=True))
+        return one_price, [Tile(rows[0], num_rows, ((low, high),), pattern)]
+
+    if one_price < math.inf and waste <= cost.fixed:  # cutting would save less than a tile costs
+        return one_tile()
+
+    shared = shared_high - shared_low
+    if (skip, stop) == (0, last - first) and shared >= max(MIN_SHARED_KEYS, num_rows // 2):
+        tile = Tile(rows[0], num_rows, ((shared_low, shared_high),))
+        covers = [(cost.fixed + cost.line * (num_rows + shared) + num_rows * shared, [tile])]
+        covers += [_cover(runs, first, last, start, shared_low, cost)] if low < shared_low else []
+        covers += [_cover(runs, first, last, shared_high, end, cost)] if high > shared_high else []
     else:  # what sees nothing is not left out: the cuts of equal staircases would no longer be the same
         middle = runs.middle(first, last)
-        parts = [(first, middle, start, end), (middle, last, start, end)]
-    covers = [_cover(runs, *part, cost) for part in parts]
-    several = (sum(price for price, _ in covers), [tile for _, found in covers for tile in found])
-    return min(one_tile, several, key=lambda cover: cover[0])
+        covers = [_cover(runs, first, middle, start, end, cost), _cover(runs, middle, last, start, end, cost)]
+    price = sum(part_price for part_price, _ in covers)
+    return one_tile() if one_price <= price else (price, [tile for _, found in covers for tile in found])
 
 
 def _clip(keys: list[int], start: int, end: int) -> list[int]:
