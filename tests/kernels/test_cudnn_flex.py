@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llada_kernels import BACKENDS, IntervalMask, choose_backend, interval_attention
-from llada_kernels.backends import cudnn_cache, cudnn_flex
+from llada_kernels.backends import cudnn_cache, cudnn_flex, reference
 from llada_kernels.backends.cudnn_flex import Plan
 
 from tests.kernels import cudnn_stand_in
@@ -267,7 +267,7 @@ def test_obstacles(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(cudnn_cache, "installed_version", lambda: installed)
-    monkeypatch.setitem(BACKENDS, "cudnn", cudnn_flex)
+    monkeypatch.setattr("llada_kernels.attention.BACKENDS", {"cudnn": cudnn_flex, "reference": reference})
     cudnn_flex._missing.cache_clear()
     got = cudnn_flex.obstacle(torch.device("cuda"), dtype, head_dim)
     assert got is None if reason is None else got is not None and reason in got
