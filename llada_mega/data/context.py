@@ -14,7 +14,10 @@ from llada_kernels.exchange import KeyExchange
 from llada_kernels.partition import RowPartition
 from torch import Tensor
 
+from llada_mega.config.run import ParallelConfig
 from llada_mega.data.batch import ROW_MULTIPLE, Batch, extend, round_up
+
+TILE = 128  # rows and keys that GPU kernels compute as a whole
 
 
 def shard_batch(
@@ -63,6 +66,11 @@ def shard_batch(
         num_tokens=batch.num_tokens if rank == 0 else 0,
         key_exchange=exchange.of_rank(rank) if exchange.num_sent else None,
     )
+
+
+def length_multiple(parallel: ParallelConfig) -> int:
+    """What the positions of a batch are rounded up to, so that each rank's slice is whole tiles of attention."""
+    return TILE * parallel.cp * (parallel.tp if parallel.sp else 1)
 
 
 def key_exchange(batch: Batch, num_ranks: int, work_tile: int = 1) -> KeyExchange:

@@ -182,6 +182,7 @@ class _Evaluation:
             schedule=schedule,
             block_origin=self.block_origin,
             clean_tokens="needed",
+            length_multiple=self.scorer.length_multiple,
             noise_levels=noise_levels,
         )
         return self.scorer.part(batch)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.batch import Batch
-from llada_mega.data.context import shard_batch
+from llada_mega.data.context import TILE, length_multiple, shard_batch
 from llada_mega.inference.model import LoadedModel
 from llada_mega.models import BlockDiffusionModel, RowLosses, mask_carrier
 
@@ -33,6 +33,11 @@ class Scorer(Protocol):
     @property
     def config(self) -> ModelConfig:
         """Shape of the model."""
+        ...
+
+    @property
+    def length_multiple(self) -> int:
+        """What the positions of a batch must be a multiple of."""
         ...
 
     def part(self, batch: Batch) -> Batch:
@@ -66,9 +71,14 @@ class ModelScorer:
         """Shape of the model."""
         return self.chunks[0].model_config
 
+    @property
+    def length_multiple(self) -> int:
+        """See :class:`Scorer`."""
+        return length_multiple(self.groups.config)
+
     def part(self, batch: Batch) -> Batch:
         """See :class:`Scorer`."""
-        context, tile = self.groups.cp, 128 if self.device.type == "cuda" else 1
+        context, tile = self.groups.cp, TILE if self.device.type == "cuda" else 1
         return shard_batch(batch, context.rank(), context.size(), work_tile=tile)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 from llada_mega.config.schema import Config
 from llada_mega.data.batch import Batch
+from llada_mega.data.context import length_multiple
 from llada_mega.data.loader import BatchOptions, micro_batches
 from llada_mega.data.order import RunCorpora
 from llada_mega.data.sample import Sample
@@ -47,6 +48,7 @@ class TrainingData:
             pad_token_id=pad if pad is not None else config.model.eos_token_id or 0,
             block_origin=config.data.block_origin,
             clean_tokens=config.data.clean_tokens,
+            length_multiple=length_multiple(config.parallel),
         )
         self.validation_samples = self._validation_samples() if config.trainer.validation.every else []
 

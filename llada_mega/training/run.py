@@ -18,7 +18,7 @@ from llada_mega.checkpoint.checkpoint import (
     resolve_checkpoint,
     tokenizer_directory,
 )
-from llada_mega.config.preflight import check_paths, check_supported
+from llada_mega.config.preflight import check_paths
 from llada_mega.config.schema import Config
 from llada_mega.diffusion.curriculum import Curriculum, build_curriculum
 from llada_mega.errors import CheckpointError, TrainingError
@@ -64,7 +64,8 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
     """
     console = console or Console(highlight=False, soft_wrap=True)
     # All that can be refused is checked before processes and weights cost time.
-    check_supported(config)
+    dtype = getattr(torch, config.trainer.dtype)
+    software = choose_software(config.model, config.parallel, dtype)
     check_paths(config)
     run_dir = Path(config.run.dir)
     curriculum = curriculum_of(config)
@@ -78,7 +79,7 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
     try:
         writes_files = groups.rank == 0
         if writes_files:
-            write_config(config, run_dir)
+            write_config(config, run_dir, software)
             _log_to_console(console)
         step = build_step(config, groups, init_from, random_weights=resume_from is None and init_from is None)
         callbacks = build_callbacks(config, run_dir, data, console, writes_files)
@@ -146,9 +147,10 @@ def initial_checkpoint(config: Config) -> Path | None:
     return path
 
 
-def write_config(config: Config, run_dir: Path) -> None:
-    """``RUN/config.yaml``: resolved, secrets redacted."""
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+def write_config(config: Config, run_dir: Path, software: Software) -> None:
+    """``RUN/config.yaml``: resolved, secrets redacted, and what it came to on this machine."""
+    content = dataclasses.asdict(config) | {"software": dataclasses.asdict(software)}
+    text = yaml.safe_dump(content, sort_keys=False)
     (run_dir / "config.yaml").write_text(redact(text))
 
 

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_mega.data.batch import Batch
-from llada_mega.data.context import shard_batch
+from llada_mega.data.context import TILE, shard_batch
 from llada_mega.evaluation.losses import level_name
 from llada_mega.models import (
     BlockDiffusionModel,
@@ -53,6 +53,7 @@ class TrainStep:
 
     Attributes:
         bare_models: the parts without their wrappers.
+        work_tile: rows that attention computes as a whole, by which context parallelism evens out its work.
         num_updates: optimizer steps taken; skipped steps make it smaller than the run's step.
     """
 
@@ -69,6 +70,7 @@ class TrainStep:
         self.bare_models: list[BlockDiffusionModel] = [chunk.module for chunk in chunks]
         self.model_config = self.bare_models[0].model_config
         self.num_updates = 0
+        self.work_tile = TILE if device.type == "cuda" else 1
         self._forward_backward = get_forward_backward_func()
         # Without this, overlapped gradient reduction would reduce after every micro-batch.
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -95,8 +97,8 @@ class TrainStep:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        context, tile = self.groups.cp, 128 if self.device.type == "cuda" else 1
-        mine = [shard_batch(batch, context.rank(), context.size(), work_tile=tile) for batch in batches]
+        context = self.groups.cp
+        mine = [shard_batch(batch, context.rank(), context.size(), work_tile=self.work_tile) for batch in batches]
         on_device = [batch.to(self.device) for batch in mine]
         outputs = self._forward_backward(
             forward_step_func=partial(self._forward_step, embedding_noise_std=embedding_noise_std),

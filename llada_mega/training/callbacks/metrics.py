@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import time
+from functools import reduce
 from typing import Any
 
 import psutil
 import torch
 
+from llada_mega.data.batch import Batch
+from llada_mega.data.context import RankWork
 from llada_mega.training.callback import Callback
 from llada_mega.training.state import StepMeasurement
 from llada_mega.training.trainer import Trainer
@@ -22,10 +26,17 @@ class MetricsCallback(Callback):
     name = "metrics"
 
     def __init__(self) -> None:
+        self._context_work: RankWork | None = None
         self._reset()
 
     def on_step_begin(self, trainer: Trainer) -> None:
         self._step_began = time.perf_counter()
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        ranks = trainer.step.groups.cp.size()
+        if ranks > 1:
+            parts = [RankWork.of(batch, ranks, trainer.step.work_tile) for batch in batches]
+            self._context_work = reduce(operator.add, parts)
 
     def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
         # Steps alone, with their data: validation and checkpoints between them do not count.
@@ -68,6 +79,11 @@ class MetricsCallback(Callback):
             load = measured.expert_load.float()
             row["expert_load_max_over_mean"] = float((load.amax(1) / load.mean(1).clamp(min=1e-9)).max())
             row["dead_experts"] = int((load == 0).sum())
+        if self._context_work is not None:  # of the first data-parallel rank's samples
+            row["cp_positions"] = self._context_work.positions_R.tolist()
+            row["cp_position_imbalance"] = self._context_work.position_imbalance
+            row["cp_attention_pairs"] = self._context_work.pairs_R.tolist()
+            row["cp_attention_imbalance"] = self._context_work.pair_imbalance
         trainer.log(row)
         self._reset()
 
