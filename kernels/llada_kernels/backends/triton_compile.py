@@ -13,8 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from llada_kernels.backends import triton_tiles
 from llada_kernels.backends.triton_tiles import Launches
 from llada_kernels.interval_mask import IntervalMask
 
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 # Shared memory that one program can have, in bytes, by compute capability (CUDA programming guide, table of limits).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -37,7 +40,8 @@ class Kernel:
     registers: int  # a thread
     local: int  # bytes a thread of local memory: spilled registers
     shared: int  # bytes a program
-    tensor_cores: int  # matrix instructions in its code
+    matrix: Counter[str]  # matrix instructions in its code: HMMA (8.0), HGMMA (9.0: warp groups), UTC...MMA (10.0)
+    cubin: bytes = field(repr=False)
 
 
 class RecordingDriver:
@@ -68,9 +72,9 @@ class RecordingDriver:
 
     def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
         usage = _cuobjdump(binary, "--dump-resource-usage")
-        registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-        matrix = re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", _cuobjdump(binary, "--dump-sass"))
-        self.kernels.append(Kernel(name, registers, stack + local, shared, len(matrix)))
+        registers, stack, local = (int(n) for n in _USAGE.findall(usage)[0])
+        matrix = Counter(_MATRIX.findall(_cuobjdump(binary, "--dump-sass")))
+        self.kernels.append(Kernel(name, registers, stack + local, shared, matrix, binary))
         return object(), object(), registers, 0, 1024
 
 
@@ -108,7 +112,7 @@ def compile_kernels(
 
 def table(archs: Sequence[int], head_dims: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
     """Lines of a table of what the shipped kernels use."""
-    yield "arch  head dim  kernel                      tile       warps  stages  registers  local  shared KiB"
+    yield "arch  head dim  kernel                     tile       warps  stages  registers  local  shared KiB    products"
     for arch in archs:
         for head_dim in head_dims:
             launches = triton_tiles.choose_launches(divmod(arch, 10), dtype, head_dim)
@@ -117,9 +121,10 @@ def table(archs: Sequence[int], head_dims: Sequence[int], dtype: torch.dtype = t
                 launch = of.get(kernel.name.split("_")[0])
                 tile = f"{launch.block_m} x {launch.block_n}" if launch else ""
                 warps, stages = (launch.num_warps, launch.num_stages) if launch else ("", "")
+                matrix = ", ".join(f"{count} {name}" for name, count in kernel.matrix.items())
                 yield (
-                    f"{arch:4}  {head_dim:8}  {kernel.name:26}  {tile:9}  {warps:5}  {stages:6}  {kernel.registers:9}  "
-                    f"{kernel.local:5}  {kernel.shared / 1024:6.1f} of {SHARED_MEMORY[arch] // 1024}"
+                    f"{arch:4}  {head_dim:8}  {kernel.name:25}  {tile:9}  {warps:5}  {stages:6}  {kernel.registers:9}  "
+                    f"{kernel.local:5}  {kernel.shared / 1024:5.1f} of {SHARED_MEMORY[arch] // 1024}  {matrix}"
                 )
 
 

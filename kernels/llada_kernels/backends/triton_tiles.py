@@ -1,7 +1,8 @@
 """The Triton backend: own kernels over the live tiles of a mask (``tiles.py``, ``triton_kernels.py``).
 
-No GPU has run these kernels yet: they are checked in Triton's interpreter, and compiled ahead of time for
-three architectures (``triton_compile.py``).
+No GPU has run these kernels yet. They are checked in Triton's interpreter, and compiled for compute capabilities 8.0,
+9.0 and 10.0 (``triton_compile.py``): there nothing spills, and all products of tiles are HMMA, HGMMA (warp groups) and
+UTCHMMA (tensor memory) instructions.
 
 Legend: B batch, S query rows, K keys, Hq query heads, Hk key heads, D head dim.
 """
@@ -23,7 +24,8 @@ from llada_kernels.tiles import TileLists
 SUMMARY = "Triton kernels over live tiles"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-STATISTICS_ROWS = 128  # row tiles must divide it: the backward reads the statistics of whole tiles
+PADDED_ROWS = 128  # the backward reads statistics of whole row tiles, which must divide this
+STATISTICS_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,15 @@ class Launches:
 AMPERE = {
     64: Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
     128: Launches(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
-    256: Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)),
+    256: Launches(Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)),
 }
 HOPPER = {
     64: Launches(Launch(128, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 128, 8, 3)),
     128: Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
-    256: Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
+    256: Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
 }
 BLACKWELL = {
-    64: Launches(Launch(128, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 128, 8, 3)),
+    64: Launches(Launch(128, 128, 8, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 3)),
     128: Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
     256: Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
 }
@@ -129,12 +131,20 @@ class _TileAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> Any:
-        launches = _launches(grad_output)
-        return (
-            *backward(*ctx.saved_tensors, _unit_stride(grad_output), grad_lse, ctx.mask, ctx.scale, launches),
-            None,
-            None,
+        query, key, value, output, lse = ctx.saved_tensors
+        grads = backward(
+            query,
+            key,
+            value,
+            output,
+            lse,
+            _unit_stride(grad_output),
+            grad_lse,
+            ctx.mask,
+            ctx.scale,
+            _launches(query),
         )
+        return *grads, None, None
 
 
 def forward(
@@ -146,6 +156,7 @@ def forward(
     batch, rows, heads, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    endpoints = mask.endpoints.contiguous()
     tiles = TileLists.of(mask, launch.block_m, launch.block_n)
     with torch.cuda.device_of(query):
         forward_kernel[batch * heads, tiles.row_tiles](
@@ -154,7 +165,7 @@ def forward(
             value,
             output,
             lse,
-            mask.endpoints,
+            endpoints,
             *_row_lists(tiles),
             scale,
             *query.stride()[:3],
@@ -186,11 +197,12 @@ def backward(
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
-    padded = -(-rows // STATISTICS_ROWS) * STATISTICS_ROWS
+    padded = -(-rows // PADDED_ROWS) * PADDED_ROWS
     lse_2, delta = torch.empty(2, batch, heads, padded, dtype=torch.float32, device=query.device)
     inputs = (query, key, value, grad_output, lse_2, delta)
     strides = tuple(stride for x in (query, key, value, grad_output) for stride in x.stride()[:3])
     sizes = (rows, padded, mask.total_k)
+    endpoints = mask.endpoints.contiguous()
     by_query, by_key = launches.query, launches.key_value
     tiles = TileLists.of(mask, by_query.block_m, by_query.block_n)
     with torch.cuda.device_of(query):
@@ -207,13 +219,14 @@ def backward(
             padded,
             HEADS=heads,
             BLOCK_M=STATISTICS_ROWS,
-            BLOCK_D=block_d(head_dim),
+            BLOCK_D=_block_d(head_dim),
             HEAD_DIM=head_dim,
+            enable_fp_fusion=True,
         )
         kernels.query_gradient_kernel[batch * heads, tiles.row_tiles](
             *inputs,
             grad_query,
-            mask.endpoints,
+            endpoints,
             *_row_lists(tiles),
             scale,
             *strides,
@@ -225,7 +238,7 @@ def backward(
             *inputs,
             grad_key,
             grad_value,
-            mask.endpoints,
+            endpoints,
             *_key_lists(tiles),
             scale,
             *strides,
@@ -235,7 +248,7 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
-def block_d(head_dim: int) -> int:
+def _block_d(head_dim: int) -> int:
     """The head dim of tiles: a power of two, at least the 16 that a matrix product takes."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
@@ -252,10 +265,11 @@ def _constants(query: Tensor, key: Tensor, mask: IntervalMask, launch: Launch) -
         "GROUP": query.shape[2] // key.shape[2],
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "BLOCK_D": block_d(query.shape[3]),
+        "BLOCK_D": _block_d(query.shape[3]),
         "HEAD_DIM": query.shape[3],
         "NFUNC": mask.endpoints.shape[0],
         "PRECISION": "ieee",
+        "enable_fp_fusion": True,  # fused multiply-adds
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
