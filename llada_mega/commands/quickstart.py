@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llada_mega.commands.base import Command
-from llada_mega.config.preflight import check_supported, check_writable
+from llada_mega.config.preflight import check_writable
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
 from llada_mega.errors import ConfigError
@@ -12,7 +12,6 @@ from llada_mega.errors import ConfigError
 def check(config: Config) -> None:
     """Checks the configuration; the files that it names are made by the quickstart itself."""
     validate(config)
-    check_supported(config)
     if config.launch.nproc != 1:
         raise ConfigError(f"launch.nproc={config.launch.nproc}: the quickstart runs in one process; use launch.nproc=1")
     if len(config.data.train) != 2 or len(config.data.valid) != 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llada_mega.commands.base import Command
 from llada_mega.config.model import ModelConfig
-from llada_mega.config.preflight import check_paths, check_supported
+from llada_mega.config.preflight import check_paths
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
 from llada_mega.errors import ConfigError
@@ -36,7 +36,6 @@ def check(config: Config) -> None:
     if config.model.architecture == "from_init":
         config.model = model_from_init(config)
     validate(config)
-    check_supported(config)
     validate(config, world_size=world_size(config))
     check_paths(config)
 

@@ -1,4 +1,4 @@
-"""What a valid configuration still needs: its files, a directory to write to, and support by this version."""
+"""What a valid configuration still needs: its files, and a directory to write to."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from pathlib import Path
 from llada_mega.config.data import Corpus
 from llada_mega.config.schema import Config
 from llada_mega.errors import CheckpointError, ConfigError, DataError
-
-
-def check_supported(config: Config) -> None:
-    """Refuses what composes and validates but does not train in this version."""
-    if config.model.implementation == "te":
-        raise ConfigError("model.implementation=te is not built yet; use model.implementation=local or auto")
 
 
 def check_paths(config: Config) -> None:

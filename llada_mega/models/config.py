@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from llada_kernels import choose_backend
 from megatron.core.transformer import TransformerConfig
 
 from llada_mega.config.checks import divides
@@ -12,7 +11,7 @@ from llada_mega.config.layout import check_layout
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
-from llada_mega.parallel.capabilities import choose_gradient_fusion, choose_implementation
+from llada_mega.parallel.capabilities import choose_attention, choose_gradient_fusion, choose_implementation
 from llada_mega.parallel.megatron_compat import transformer_config
 
 VOCAB_MULTIPLE = 128
@@ -24,17 +23,14 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
+def check_model(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> None:
     """Refuse shapes that cannot be built or split, and what this machine does not have.
 
     Raises:
         ConfigError: naming the keys, the values and a fix.
     """
-    choose_implementation(model.implementation)
-    try:
-        choose_backend(model.attention_backend, "cuda" if torch.cuda.is_available() else "cpu")
-    except ValueError as error:
-        raise ConfigError(f"model.attention_backend={model.attention_backend}: {error}") from error
+    choose_implementation(model.implementation, dtype)
+    choose_attention(model, dtype)
     divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     channels = model.head_dim * model.rotary_percent
     if abs(channels / 2 - round(channels / 2)) > 1e-6 or not 0.0 < model.rotary_percent <= 1.0:
@@ -57,7 +53,7 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
     Raises:
         ConfigError: the shape cannot be built or split, or this machine cannot do what is asked for.
     """
-    check_model(model, parallel)
+    check_model(model, parallel, dtype)
     implementation = choose_implementation(model.implementation, dtype).name
     fused_gradients = choose_gradient_fusion(parallel.gradient_accumulation_fusion or False, implementation).name
     fields: dict[str, object] = {

@@ -11,11 +11,15 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import platform
 import sys
 from dataclasses import dataclass
 
 import torch
+from llada_kernels import choose_backend
 
+from llada_mega.config.model import ModelConfig
+from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
 
 TE, APEX = "transformer_engine", "apex"
@@ -122,6 +126,62 @@ def choose_gradient_fusion(requested: bool | None, implementation: str) -> Choic
             "or apex; set parallel.gradient_accumulation_fusion=null or false"
         )
     return Choice("off", "neither TransformerEngine's layers nor apex is used")
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a run uses of this machine's software: the section ``software`` of its ``config.yaml``."""
+
+    implementation: str  # te | local
+    optimizer: str  # transformer_engine | apex | torch, like norm and clip
+    norm: str
+    clip: str
+    gradient_accumulation_fusion: bool
+    attention_backend: str
+    versions: dict[str, str]
+
+
+def choose_software(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> Software:
+    """What ``model`` under ``parallel`` uses here.
+
+    Raises:
+        ConfigError: what is asked for is not there.
+    """
+    implementation = choose_implementation(model.implementation, dtype).name
+    fused = choose_gradient_fusion(parallel.gradient_accumulation_fusion, implementation).name == "on"
+    return Software(
+        implementation=implementation,
+        optimizer=optimizer_library(),
+        norm=TE if implementation == "te" else "torch",
+        clip=clip_library(),
+        gradient_accumulation_fusion=fused,
+        attention_backend=choose_attention(model, dtype).name,
+        versions=versions(),
+    )
+
+
+def choose_attention(model: ModelConfig, dtype: torch.dtype) -> Choice:
+    """The attention backend for the queries of ``model``.
+
+    Raises:
+        ConfigError: ``model.attention_backend`` cannot serve them here.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return Choice(*choose_backend(model.attention_backend, device, dtype, model.head_dim))
+    except ValueError as error:
+        raise ConfigError(f"model.attention_backend={model.attention_backend}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the libraries that computations go through, and CUDA, where there."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for distribution in ("megatron-core", *_DISTRIBUTIONS.values(), "nvidia-cudnn-frontend", "triton"):
+        if (installed := version(distribution)) is not None:
+            found[distribution] = installed
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name()}
+    return found
 
 
 def optimizer_library() -> str:

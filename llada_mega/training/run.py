@@ -24,6 +24,7 @@ from llada_mega.diffusion.curriculum import Curriculum, build_curriculum
 from llada_mega.errors import CheckpointError, TrainingError
 from llada_mega.models import build_model
 from llada_mega.parallel import ParallelGroups, destroy, initialize
+from llada_mega.parallel.capabilities import Software, choose_software
 from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.checkpointing import CheckpointCallback
 from llada_mega.training.callbacks.consistency import ConsistencyCallback
@@ -64,8 +65,7 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
     """
     console = console or Console(highlight=False, soft_wrap=True)
     # All that can be refused is checked before processes and weights cost time.
-    dtype = getattr(torch, config.trainer.dtype)
-    software = choose_software(config.model, config.parallel, dtype)
+    software = choose_software(config.model, config.parallel, getattr(torch, config.trainer.dtype))
     check_paths(config)
     run_dir = Path(config.run.dir)
     curriculum = curriculum_of(config)
@@ -160,17 +160,20 @@ def build_step(config: Config, groups: ParallelGroups, init_from: Path | None, *
         torch.use_deterministic_algorithms(True)
     dtype = getattr(torch, config.trainer.dtype)
     seed = config.seed if random_weights else None  # None: not initialised, they are loaded next
-    stages = [None] if config.parallel.vp is None else range(config.parallel.vp)
+    # Fused only here, where data parallelism gives every weight a gradient buffer.
+    fused = choose_software(config.model, config.parallel, dtype).gradient_accumulation_fusion
+    parallel = dataclasses.replace(config.parallel, gradient_accumulation_fusion=fused)
+    stages = [None] if parallel.vp is None else range(parallel.vp)
     models = [
-        build_model(config.model, parallel=config.parallel, dtype=dtype, seed=seed, groups=groups, vp_stage=stage)
+        build_model(config.model, parallel=parallel, dtype=dtype, seed=seed, groups=groups, vp_stage=stage)
         for stage in stages
     ]
     for model in models:
         model.to(groups.device)
     if init_from is not None:
         load_model_weights(init_from, *models)
-    chunks = wrap_data_parallel(models, config.parallel)
-    optimizer = build_optimizer(config.optimizer, chunks, config.parallel, dtype)
+    chunks = wrap_data_parallel(models, parallel)
+    optimizer = build_optimizer(config.optimizer, chunks, parallel, dtype)
     return TrainStep(chunks, optimizer, groups, seed=config.seed, device=groups.device)
 
 
