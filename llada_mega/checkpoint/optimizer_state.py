@@ -27,6 +27,7 @@ from torch import Tensor
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
 _PREFIX = "optimizer.state"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 class _Held(NamedTuple):
@@ -62,7 +63,7 @@ def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Set the number of updates made; torch counts it for each parameter, apex and TransformerEngine for each group."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
-            if not isinstance(part.optimizer, torch.optim.Adam):
+            if not isinstance(part.optimizer, _TORCH_ADAM):
                 group["step"] = step
                 continue
             for parameter in group["params"]:
@@ -125,7 +126,7 @@ def _moments(held: _Held) -> dict[str, Tensor]:
     for name in _MOMENTS:
         if name not in state:
             state[name] = torch.zeros_like(held.main, dtype=torch.float32).detach()
-    if isinstance(held.inner, torch.optim.Adam):
+    if isinstance(held.inner, _TORCH_ADAM):
         state.setdefault("step", torch.tensor(0.0))
     return state
 

@@ -184,11 +184,16 @@ CASES: list[Case] = [
     ("tokenizer missing", lambda w: w.train("data.tokenizer=runs"), "no tokenizer.json"),
     ("config.json without a field", hf_without_a_field, "rms_norm_eps"),
     ("truncated safetensors", hf_truncated_weights, "model.safetensors"),
-    ("unsupported parallelism", lambda w: w.train("parallel.cp=2"), "parallel.cp=2"),
+    ("more ranks than processes", lambda w: w.train("parallel.cp=2"), "cp=2 = 2 does not divide the 1 processes"),
     ("te is not there", lambda w: w.train("model.implementation=te"), "model.implementation=te"),
     ("prompt without model", lambda w: ["generate", "checkpoint=nowhere", "prompt=x"], "nowhere"),
     ("prompt for a model without MASK", lambda w: ["generate", "hf=hf", "prompt=x"], "MASK"),
 ]
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """Every file of a run but the logs, which say what went wrong."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.parent.name != "logs"}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -200,7 +205,7 @@ def test_bad_input_ends_in_one_line(
 ) -> None:
     command = arguments(workplace)
     run = workplace.root / "runs" / "run"
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     capsys.readouterr()
     try:
         status = main(command)
@@ -212,7 +217,7 @@ def test_bad_input_ends_in_one_line(
     assert last.startswith("error: ") and message in last, err
     assert "Traceback" not in err
     assert not list(workplace.root.glob("runs/new/metrics.jsonl"))  # nothing was trained
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before  # and nothing lost
+    assert contents(run) == before  # and nothing lost
     assert not (workplace.root / "out").exists() and not (workplace.root / "nothing.idx").exists()
 
 

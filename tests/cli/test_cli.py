@@ -113,7 +113,7 @@ MISTAKES = [
     (["report", "nowhere"], "nowhere"),
     (["train", "trainer.max_step=3"], "trainer.max_step is not a key; did you mean trainer.max_steps?"),
     (["train", "data.train=nowhere"], "data.train.0.path=nowhere: there is no nowhere.bin"),
-    (["train", "experiment=cpt_100b"], "parallel.tp=4 cannot train yet"),
+    (["train", "experiment=cpt_100b"], "parallel.tp=4 x pp=4 x cp=1 = 16 does not divide the 1 processes of this run"),
     (["train", "experiment=cpt_16b", "parallel.tp=3"], "parallel.tp=3 does not divide model.num_attention_heads=16"),
     (["train", "model=from_init"], "model=from_init takes the model from trainer.init, which is null"),
     (["train", "model=from_init", "trainer.init=nowhere"], "nowhere"),
