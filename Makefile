@@ -3,10 +3,12 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest test-gpu latest-python lint format bench bench-kernels docs clean
+.PHONY: help quickstart test test-latest test-gpu test-full kernels-aot latest-python lint format bench bench-kernels docs clean
 
 VENV := .venv
 LATEST := .venv-latest
+# Compilers for GPUs that need not be here: 1 GB, shared by all clones.
+AOT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llada-mega/kernels-aot-venv
 BIN := $(VENV)/bin
 # A candidate must run (pyenv leaves shims that do not), be recent enough and be able to make an environment.
 find_python = $(shell for python in $(1) python3 python $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.*/bin/python 2>/dev/null | sort -V); do \
@@ -27,6 +29,8 @@ help:
 	echo "make bench         time, memory and error of block attention, a few cases"
 	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
+	echo "make kernels-aot   compile the GPU kernels without a GPU; registers, memory, spills, instructions"
+	echo "make test-full     every parallel layout against one process"
 	echo "make clean         remove the environments"
 
 # One recipe for both environments: Python, then torch (pinned per Python version), then the project with its extras.
@@ -44,6 +48,17 @@ $(VENV)/.installed: $(INPUTS)
 $(LATEST)/.installed: $(INPUTS)
 	$(call install,$(LATEST),$(LATEST_PYTHON),3.12,LATEST_PYTHON)
 
+AOT_REQUIREMENTS := import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	print(*project['optional-dependencies']['kernels-aot'], sep='\n')
+
+$(AOT)/.installed: $(INPUTS)
+	@mkdir -p $(AOT)
+	"$(PYTHON)" -m venv $(AOT)
+	$(AOT)/bin/python $(PIP_INSTALL) torch
+	$(AOT)/bin/python -c "$(AOT_REQUIREMENTS)" > $(AOT)/requirements.txt
+	$(AOT)/bin/python $(PIP_INSTALL) --requirement $(AOT)/requirements.txt
+	touch $(AOT)/.installed
+
 quickstart: $(VENV)/.installed
 	@$(BIN)/llada-mega quickstart $(if $(filter moe,$(QUICKSTART)),experiment=quickstart_moe) $(ARGS)
 
@@ -55,7 +70,16 @@ test-latest: $(LATEST)/.installed
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest --ignore=tests/models -m latest $(PYTEST)
 
 test-gpu: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m gpu $(PYTEST)
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[cudnn]'
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+# Every layout against one process; `make test` runs some of them.
+test-full: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel -m full $(PYTEST)
+
+kernels-aot: $(AOT)/.installed
+	@PYTHONPATH=kernels $(AOT)/bin/python -m llada_kernels.backends.triton_compile
+	PYTHONPATH=kernels $(AOT)/bin/python -m aot $(ARGS)
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aot.cubin import GROUPS, embedded_cubins, read_kernels
+from llada_kernels.backends import cudnn_cache
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 PACKAGES = ("torch", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-bindings", "triton")
@@ -32,6 +33,7 @@ def main() -> int:
     """Exit status: 0, 1 for kernels that do not compile or that spill, 2 for what is missing here."""
     parser = argparse.ArgumentParser(prog="python -m aot", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--if-warm", nargs="+", default=[], choices=ARCHITECTURES, help="too, if compiled here before")
     parser.add_argument("--output", type=Path, default=Path("build/kernels-aot"))
     options = parser.parse_args()
     missing = [name for name in PACKAGES if not _version(name)]
@@ -40,7 +42,7 @@ def main() -> int:
         return 2
 
     spilling: list[str] = []
-    for arch in options.arch:
+    for arch in dict.fromkeys([*options.arch, *(arch for arch in options.if_warm if is_warm(arch))]):
         started = time.monotonic()
         objects = compile_cudnn(arch)
         if objects is None:
@@ -60,6 +62,18 @@ def main() -> int:
     return 1 if spilling else 0
 
 
+def compile_cache(arch: str) -> Path:
+    """Where compiled kernels of ``arch`` are kept between runs."""
+    from llada_kernels.backends import cudnn_cache
+
+    return cudnn_cache.cache_directory(f"{arch}-aot")
+
+
+def is_warm(arch: str) -> bool:
+    """Whether ``arch`` has been compiled on this machine: seconds instead of minutes."""
+    return any(compile_cache(arch).rglob("*.o"))
+
+
 def compile_cudnn(arch: str) -> dict[Path, str] | None:
     """Object files of the cuDNN backend and what needed each first; None when they do not compile.
 
@@ -73,7 +87,7 @@ def compile_cudnn(arch: str) -> dict[Path, str] | None:
         "CUTE_DSL_ARCH": arch,
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # the package reads addresses of fake tensors, which PyTorch deprecates
         cudnn_cache.ENABLED_VARIABLE: "1",
-        cudnn_cache.DIRECTORY_VARIABLE: str(cudnn_cache.cache_directory(f"{arch}-aot")),
+        cudnn_cache.DIRECTORY_VARIABLE: str(compile_cache(arch)),
     }
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "objects.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from llada_mega.config.checks import at_least, divides, one_of, require
-from llada_mega.config.layout import check_batches, check_group_sizes, check_layout, data_parallel_size
+from llada_mega.config.layout import check_batches, check_group_sizes, check_layout, check_lengths, data_parallel_size
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.schema import Config
 from llada_mega.config.training import ObjectiveConfig, StageConfig
@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "qwen3": (True, False),
     "llada2_moe": (True, False),
 }
-ATTENTION_BACKENDS = ("auto", "cpu", "reference")
+ATTENTION_BACKENDS = ("auto", "cpu", "cudnn", "flex", "triton", "reference")
 MAX_SEED = 2**56  # the random number generator's key holds the seed and eight bits of stream
 
 
@@ -36,6 +36,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     if config.model.is_moe:
         _check_moe(config.model)
     check_layout(config.model, config.parallel)
+    check_lengths(config.data, config.model, config.parallel)
     check_group_sizes(config.parallel, world_size)
     _check_data(config)
     _check_objective("objective", config.objective)

@@ -73,6 +73,7 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "head dim 320" in str(triton_tiles.obstacle(CUDA, torch.bfloat16, 320))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_tiles.obstacle(CPU, torch.float32, 128) is None
+    assert "bfloat16" in str(triton_tiles.obstacle(CPU, torch.bfloat16, 128))
     assert "does not run on cuda" in str(triton_tiles.obstacle(CUDA, None, None))
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llada_kernels.backends import cpu, reference
+from llada_kernels.backends import cpu, cudnn_flex, flex, reference, triton_tiles
 from llada_kernels.interval_mask import IntervalMask
 
 
@@ -36,4 +36,10 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu,
+    "cudnn": cudnn_flex,
+    "flex": flex,
+    "triton": triton_tiles,
+    "reference": reference,
+}

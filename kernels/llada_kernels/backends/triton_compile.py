@@ -112,7 +112,7 @@ def compile_kernels(
 
 def table(archs: Sequence[int], head_dims: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
     """Lines of a table of what the shipped kernels use."""
-    yield "arch  head dim  kernel                     tile       warps  stages  registers  local  shared KiB    products"
+    yield "arch  head dim  kernel                     tile       warps  stages  registers  local  shared KiB    code"
     for arch in archs:
         for head_dim in head_dims:
             launches = triton_tiles.choose_launches(divmod(arch, 10), dtype, head_dim)
