@@ -89,6 +89,8 @@ def obstacle(device: torch.device, dtype: torch.dtype | None, head_dim: int | No
             return "Triton's interpreter multiplies bfloat16 wrongly"  # seen with 3.8.0 and 3.9.0
     elif device.type != "cuda":
         return f"it does not run on {device.type} (on the CPU: in the interpreter, TRITON_INTERPRET=1)"
+    elif not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
     elif torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     if dtype is not None and dtype not in DTYPES:
