@@ -64,7 +64,6 @@ def main() -> int:
 
 def compile_cache(arch: str) -> Path:
     """Where compiled kernels of ``arch`` are kept between runs."""
-    from llada_kernels.backends import cudnn_cache
 
     return cudnn_cache.cache_directory(f"{arch}-aot")
 
@@ -79,7 +78,6 @@ def compile_cudnn(arch: str) -> dict[Path, str] | None:
 
     In a process of its own: environment variables fix the architecture when the package is imported.
     """
-    from llada_kernels.backends import cudnn_cache
 
     environment = {
         **os.environ,

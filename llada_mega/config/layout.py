@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from llada_mega.config.checks import at_least, divides, divisors, one_of, require, words
+from llada_mega.config.data import DataConfig
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.config.training import TrainerConfig
@@ -86,6 +87,20 @@ def check_batches(trainer: TrainerConfig, parallel: ParallelConfig, world_size: 
     require(
         batch % unit == 0,
         f"trainer.global_batch_size={batch} is no multiple of {factors}; use a multiple of {unit}, as in {choices}",
+    )
+
+
+def check_lengths(data: DataConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ConfigError when ranks that exchange tokens by all-gather could have micro-batches of unequal lengths.
+
+    How many clean copies a micro-batch needs depends on its samples, and the ranks of an expert group that reaches
+    across data-parallel ranks have different samples.
+    """
+    crosses_samples = parallel.ep * parallel.etp > parallel.tp * parallel.cp
+    require(
+        not (model.is_moe and parallel.dispatcher == "allgather" and crosses_samples) or data.clean_tokens == "all",
+        f"parallel.dispatcher=allgather over parallel.etp={parallel.etp} x ep={parallel.ep} ranks with different samples "
+        "needs micro-batches of one length; set data.clean_tokens=all or parallel.dispatcher=alltoall",
     )
 
 

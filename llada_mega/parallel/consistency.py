@@ -24,7 +24,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 

@@ -136,6 +136,14 @@ def test_batches_that_divide_pass() -> None:
     check_batches(TrainerConfig(global_batch_size=16, micro_batch_size=2), layout(pp=2, vp=2), 8)
 
 
+def test_an_all_gather_over_different_samples_needs_one_length() -> None:
+    gathering = ["data.train=corpus", "model=tiny_ling", "parallel.ep=2", "parallel.dispatcher=allgather"]
+    with pytest.raises(ConfigError, match=r"set data\.clean_tokens=all or parallel\.dispatcher=alltoall"):
+        validate(compose(Config, gathering))
+    validate(compose(Config, [*gathering, "data.clean_tokens=all"]))
+    validate(compose(Config, [*gathering, "parallel.tp=2", "parallel.sp=true"]))
+
+
 @pytest.mark.parametrize(("experiment", "world_size"), [("cpt_16b", 64), ("cpt_100b", 256)])
 def test_the_published_models_fit_their_layouts(experiment: str, world_size: int) -> None:
     validate(compose(Config, [f"experiment={experiment}"]), world_size=world_size)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
@@ -144,6 +145,7 @@ def _import_everything() -> None:
     from llada_mega.parallel import cpu_runtime
 
     cpu_runtime.install()
+    warnings.simplefilter("ignore")  # Megatron-Core lists what is not installed
     for module in ("llada_mega.training.run", "megatron.core.pipeline_parallel.schedules", "tests.models.helpers"):
         importlib.import_module(module)
 
