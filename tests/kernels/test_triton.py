@@ -63,6 +63,9 @@ def test_the_table_is_printed() -> None:
 def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "does not run on cpu" in str(triton_tiles.obstacle(CPU, None, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_tiles.obstacle(CUDA, None, None) == "PyTorch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0 or later" in str(triton_tiles.obstacle(CUDA, None, None))

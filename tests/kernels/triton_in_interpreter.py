@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from llada_kernels import BACKENDS, IntervalMask, interval_attention
+from llada_kernels import IntervalMask, interval_attention
 from llada_kernels.backends import triton_tiles
 from llada_kernels.backends.triton_tiles import Launch, Launches
 from llada_kernels.tiles import TileLists
@@ -22,11 +22,6 @@ from torch import Tensor
 from tests.kernels.cases import Inputs, any_masks, make_inputs, run
 
 HEADS = [(1, 1), (2, 2), (4, 2), (6, 2), (8, 1)]
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: Any) -> None:
-    monkeypatch.setitem(BACKENDS, "triton", triton_tiles)
 
 
 def compare(mask: IntervalMask, inputs: Inputs, tolerance: float, scale: float = 0.7) -> dict[str, Tensor]:

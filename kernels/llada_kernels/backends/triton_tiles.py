@@ -60,7 +60,7 @@ HOPPER = {
     256: Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
 }
 BLACKWELL = {
-    64: Launches(Launch(128, 128, 8, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 3)),
+    64: Launches(Launch(128, 128, 8, 3), Launch(128, 64, 8, 2), Launch(64, 128, 4, 3)),
     128: Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
     256: Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
 }
