@@ -99,8 +99,8 @@ def check_lengths(data: DataConfig, model: ModelConfig, parallel: ParallelConfig
     crosses_samples = parallel.ep * parallel.etp > parallel.tp * parallel.cp
     require(
         not (model.is_moe and parallel.dispatcher == "allgather" and crosses_samples) or data.clean_tokens == "all",
-        f"parallel.dispatcher=allgather over parallel.etp={parallel.etp} x ep={parallel.ep} ranks with different samples "
-        "needs micro-batches of one length; set data.clean_tokens=all or parallel.dispatcher=alltoall",
+        f"parallel.dispatcher=allgather over parallel.etp={parallel.etp} x ep={parallel.ep} ranks with different "
+        "samples needs micro-batches of one length; set data.clean_tokens=all or parallel.dispatcher=alltoall",
     )
 
 
