@@ -8,6 +8,7 @@ from llada_mega.commands import (
     convert_export,
     convert_import,
     data_build,
+    doctor,
     eval,
     generate,
     mask,
@@ -31,5 +32,6 @@ COMMANDS: tuple[Command, ...] = tuple(
         mask,
         checkpoint_verify,
         checkpoint_inspect,
+        doctor,
     )
 )

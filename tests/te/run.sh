@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Runs Python in the environment of `make te-check`, where TransformerEngine finds the libraries that came with PyTorch.
+#   run.sh DIRECTORY ARGUMENTS...
+set -euo pipefail
+
+python=$1/bin/python
+shift
+wheels=$("$python" -c 'import nvidia; print(list(nvidia.__path__)[0])')
+LD_LIBRARY_PATH=$(find "$wheels" -maxdepth 2 -name lib -type d -printf '%p:')${LD_LIBRARY_PATH:-}
+export LD_LIBRARY_PATH CUDNN_HOME=$wheels/cudnn CUDA_HOME=$wheels/cu13
+export PYTHONPATH=.:kernels OMP_NUM_THREADS=1
+exec "$python" "$@"
