@@ -30,7 +30,7 @@ help:
 	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
 	echo "make kernels-aot   compile the GPU kernels without a GPU; registers, memory, spills, instructions"
-	echo "make test-full     every parallel layout against one process"
+	echo "make test-full     the parallel layouts that make test leaves out, against one process"
 	echo "make clean         remove the environments"
 
 # One recipe for both environments: Python, then torch (pinned per Python version), then the project with its extras.
@@ -63,7 +63,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/llada-mega quickstart $(if $(filter moe,$(QUICKSTART)),experiment=quickstart_moe) $(ARGS)
 
 test: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST)
 
 test-latest: $(LATEST)/.installed
 	@OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/models $(PYTEST)
@@ -75,7 +75,7 @@ test-gpu: $(VENV)/.installed
 
 # Every layout against one process; `make test` runs some of them.
 test-full: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel -m full $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -n $(PYTEST_WORKERS) $(PYTEST)
 
 kernels-aot: $(AOT)/.installed
 	@PYTHONPATH=kernels $(AOT)/bin/python -m llada_kernels.backends.triton_compile
