@@ -67,7 +67,12 @@ def obstacle(library: str) -> str | None:
 
 
 def hide_unusable() -> None:
-    """Let Megatron-Core, once imported, take what cannot be used here for not installed. Call it before that import."""
+    """Let Megatron-Core, once imported, take what cannot be used here for not installed.
+
+    Does nothing when Megatron-Core is imported already: parts of it that know a library would miss it in others.
+    """
+    if "megatron.core" in sys.modules:
+        return
     for library in (TE, APEX):
         reason = obstacle(library)
         if reason is None or library in _hidden:

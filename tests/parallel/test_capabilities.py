@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from llada_mega.parallel import capabilities
 from llada_mega.parallel.capabilities import APEX, TE, choose_gradient_fusion, choose_implementation, choose_software
 
 Machine = Callable[..., None]
+find_spec = importlib.util.find_spec
 
 
 @pytest.fixture
@@ -35,6 +37,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
             (tmp_path / "/".join(parts) / "__init__.py").parent.mkdir(exist_ok=True)
             (tmp_path / "/".join(parts) / "__init__.py").write_text(source)
         monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        absent = [name for name in (TE, APEX) if not any(source.startswith(name) for source in sources)]
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
         capabilities.obstacle.cache_clear()
 
     yield pretend
@@ -84,6 +88,7 @@ def test_what_cannot_be_used_cannot_be_imported(machine: Machine, monkeypatch: p
     machine(False, transformer_engine__pytorch="", apex__optimizers="", amp_C="")
     for name in (TE, APEX, "amp_C", "fused_weight_gradient_mlp_cuda"):
         monkeypatch.setitem(sys.modules, name, sys)  # so that it is put back afterwards
+    monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
     capabilities.hide_unusable()
     for name in (TE, "transformer_engine.pytorch", "apex.optimizers", "amp_C", "fused_weight_gradient_mlp_cuda"):
         with pytest.raises(ImportError):
