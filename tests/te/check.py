@@ -21,6 +21,7 @@ import time  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import megatron.core  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -34,6 +35,7 @@ from llada_mega.models.config import padded_vocab_size  # noqa: E402
 from llada_mega.models.hf_mapping import local_names  # noqa: E402
 from llada_mega.models.naming import global_names  # noqa: E402
 from llada_mega.parallel import destroy, groups, initialize  # noqa: E402
+from llada_mega.parallel.capabilities import version  # noqa: E402
 from tests.models.te_keys import KEY_FILE, MODELS, global_shapes, sharded_tensors  # noqa: E402
 
 
@@ -125,6 +127,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
     groups._device = lambda: torch.device("meta")
+    print(f"Megatron-Core {megatron.core.__version__}, TransformerEngine {version('transformer-engine')}")
     recorded, failures = {}, 0
     for case in cases():
         if options.only not in case.name:

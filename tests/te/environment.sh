@@ -26,4 +26,7 @@ wheels=$("$directory/bin/python" -c 'import nvidia; print(list(nvidia.__path__)[
 CPATH=$(find "$wheels" -maxdepth 2 -name include -type d -printf '%p:')
 export CPATH CUDA_HOME=$toolkit NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS:-2}
 "${pip[@]}" --no-deps --no-build-isolation "transformer-engine-torch==$version"
+
+# the other line of Megatron-Core, which this project runs on Python 3.11
+"$directory/bin/python" -m pip install --quiet --no-deps --upgrade --target "$directory/megatron-core-0.16" megatron-core==0.16.1
 touch "$directory/.installed"
