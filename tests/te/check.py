@@ -100,9 +100,12 @@ def check(case: Case) -> dict[str, list[int]]:
             initialize(case.parallel)
             try:
                 te, local = build(case, "te"), build(case, "local")
-                assert "TELayerNormColumnParallelLinear" in str(te[0].decoder.layers[0]), (
-                    "that is not TransformerEngine"
+                layer = str(te[-1].decoder.layers[-1])
+                kinds = (
+                    "TERowParallelLinear",
+                    "GroupedLinear" if case.model.is_moe else "LayerNormColumnParallelLinear",
                 )
+                assert all(kind in layer for kind in kinds), f"rank {rank}: these are other layers:\n{layer}"
                 found, wanted = sharded_tensors(te), sharded_tensors(local)
                 assert found == wanted, f"rank {rank}: sharded tensors differ: {sorted(found ^ wanted)[:6]}"
                 names = names_and_shapes(te)
