@@ -3,7 +3,7 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest test-gpu test-full kernels-aot latest-python lint format bench bench-kernels docs clean
+.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels docs clean
 
 VENV := .venv
 LATEST := .venv-latest
@@ -30,6 +30,7 @@ help:
 	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
 	echo "make kernels-aot   compile the GPU kernels without a GPU; registers, memory, spills, instructions"
+	echo "make te-check      TransformerEngine's models, built without a GPU, against the local ones (compiles for 22 CPU-minutes once)"
 	echo "make test-full     the parallel layouts that make test leaves out, against one process"
 	echo "make clean         remove the environments"
 
@@ -58,6 +59,14 @@ $(AOT)/.installed: $(INPUTS)
 	$(AOT)/bin/python -c "$(AOT_REQUIREMENTS)" > $(AOT)/requirements.txt
 	$(AOT)/bin/python $(PIP_INSTALL) --requirement $(AOT)/requirements.txt
 	touch $(AOT)/.installed
+
+TE := .venv-te
+$(TE)/.installed: $(INPUTS) tests/te/environment.sh
+	@bash tests/te/environment.sh "$(LATEST_PYTHON)" $(TE)
+
+te-check: $(TE)/.installed
+	@bash tests/te/run.sh $(TE) -m tests.te.check $(ARGS)
+	MEGATRON=0.16 bash tests/te/run.sh $(TE) -m tests.te.check $(ARGS)
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/llada-mega quickstart $(if $(filter moe,$(QUICKSTART)),experiment=quickstart_moe) $(ARGS)
@@ -104,4 +113,4 @@ latest-python:
 	@echo "$(LATEST_PYTHON)"
 
 clean:
-	@rm -rf $(VENV) $(LATEST) build dist ./*.egg-info
+	@rm -rf $(VENV) $(LATEST) $(TE) build dist ./*.egg-info
