@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from llada_kernels.exchange import KeyExchange
-from llada_kernels.partition import RowPartition
+from llada_kernels.partition import TILE, RowPartition
 from torch import Tensor
 
 from llada_mega.config.run import ParallelConfig
 from llada_mega.data.batch import ROW_MULTIPLE, Batch, extend, round_up
-
-TILE = 128  # rows and keys that GPU kernels compute as a whole
 
 
 def shard_batch(
@@ -71,6 +70,11 @@ def shard_batch(
 def length_multiple(parallel: ParallelConfig) -> int:
     """What the positions of a batch are rounded up to, so that each rank's slice is whole tiles of attention."""
     return TILE * parallel.cp * (parallel.tp if parallel.sp else 1)
+
+
+def attention_tile(device: torch.device) -> int:
+    """Rows that attention on ``device`` computes as a whole, by which context parallelism evens out its work."""
+    return TILE if device.type == "cuda" else 1
 
 
 def key_exchange(batch: Batch, num_ranks: int, work_tile: int = 1) -> KeyExchange:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.batch import Batch
-from llada_mega.data.context import TILE, length_multiple, shard_batch
+from llada_mega.data.context import attention_tile, length_multiple, shard_batch
 from llada_mega.inference.model import LoadedModel
-from llada_mega.models import BlockDiffusionModel, RowLosses, mask_carrier
+from llada_mega.models import BlockDiffusionModel, RowLosses, run_batch
 
 
 class RowScores(NamedTuple):
@@ -78,8 +78,8 @@ class ModelScorer:
 
     def part(self, batch: Batch) -> Batch:
         """See :class:`Scorer`."""
-        context, tile = self.groups.cp, TILE if self.device.type == "cuda" else 1
-        return shard_batch(batch, context.rank(), context.size(), work_tile=tile)
+        context = self.groups.cp
+        return shard_batch(batch, context.rank(), context.size(), work_tile=attention_tile(self.device))
 
     @torch.no_grad()
     def score(self, batch: Batch) -> RowScores | None:
@@ -90,14 +90,7 @@ class ModelScorer:
             for chunk in self.chunks:
                 if not chunk.pre_process:
                     chunk.set_input_tensor(self._receive(chunk, batch))
-                output = chunk(
-                    batch.input_ids_S[None],
-                    batch.position_ids_S[None],
-                    mask_carrier.pack(batch.mask, batch.key_exchange),
-                    padding_mask_BS=batch.padding_S[None],
-                    logit_rows_R=batch.logit_rows_R,
-                    labels_R=batch.labels_R,
-                )
+                output = run_batch(chunk, batch)
                 if isinstance(output, Tensor):
                     dist.send(output, group=self.groups.pp, group_dst=self._stage(1))
         if not isinstance(output, RowLosses):

@@ -8,6 +8,7 @@ import llada_mega.parallel  # noqa: F401  first: it decides which optional libra
 
 with warnings.catch_warnings():  # Megatron-Core lists what is not installed: llada-mega doctor does that
     warnings.simplefilter("ignore")
+    from llada_mega.models.batch import run_batch
     from llada_mega.models.embedding import EmbeddingNoise, NoisyEmbedding
     from llada_mega.models.logits import RowLosses, chunked_cross_entropy
     from llada_mega.models.model import BlockDiffusionModel
@@ -23,5 +24,6 @@ __all__ = [
     "chunked_cross_entropy",
     "discard_expert_load",
     "load_tensors",
+    "run_batch",
     "update_expert_bias",
 ]

@@ -157,7 +157,7 @@ def choose_software(model: ModelConfig, parallel: ParallelConfig, dtype: torch.d
     return Software(
         implementation=implementation,
         optimizer=optimizer_library(),
-        norm=TE if implementation == "te" else "torch",
+        norm=norm_library(implementation),
         clip=clip_library(),
         gradient_accumulation_fusion=fused,
         attention_backend=choose_attention(model, dtype).name,
@@ -194,6 +194,11 @@ def optimizer_library() -> str:
     from megatron.core import optimizer
 
     return _library_of(optimizer.Adam)
+
+
+def norm_library(implementation: str) -> str:
+    """Where the norms of the layers come from; apex has no RMSNorm that Megatron-Core uses."""
+    return TE if implementation == "te" else "torch"
 
 
 def clip_library() -> str:

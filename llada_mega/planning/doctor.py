@@ -26,6 +26,7 @@ from llada_mega.parallel.capabilities import (
     choose_gradient_fusion,
     choose_implementation,
     clip_library,
+    norm_library,
     obstacle,
     optimizer_library,
     version,
@@ -129,11 +130,12 @@ def _attention(head_dim: int, dtype: torch.dtype) -> Iterator[Part]:
 def _choices(head_dim: int, dtype: torch.dtype) -> dict[str, Choice]:
     model = ModelConfig(head_dim=head_dim)
     implementation = choose_implementation("auto", dtype)
-    has_te = implementation.name == "te"
     first = "the first of TransformerEngine, apex and PyTorch that can be used"
     return {
         "layers": implementation,
-        "norm": Choice(TE if has_te else "torch", "goes with the layers; apex has no RMSNorm that Megatron-Core uses"),
+        "norm": Choice(
+            norm_library(implementation.name), "goes with the layers; apex has no RMSNorm that Megatron-Core uses"
+        ),
         "optimizer": Choice(optimizer_library(), first),
         "gradient clipping": Choice(clip_library(), first),
         "gradient accumulation fusion": choose_gradient_fusion(None, implementation.name),

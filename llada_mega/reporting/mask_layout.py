@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 from llada_kernels import IntervalMask
+from llada_kernels.partition import TILE
 
 from llada_mega.diffusion.blocks import index_blocks
 from llada_mega.diffusion.visibility import build_visibility
 from llada_mega.reporting.mask_options import MaskOptions
 
-TILE = 128  # rows and keys of a tile of the attention kernels
 _TILE_ROWS_AT_ONCE = 64
 
 

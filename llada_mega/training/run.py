@@ -81,7 +81,8 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
         if writes_files:
             write_config(config, run_dir, software)
             _log_to_console(console)
-        step = build_step(config, groups, init_from, random_weights=resume_from is None and init_from is None)
+        random_weights = resume_from is None and init_from is None
+        step = build_step(config, groups, init_from, software, random_weights=random_weights)
         callbacks = build_callbacks(config, run_dir, data, console, writes_files)
         if resume_from is not None and saved is not None:
             state = restore(step, resume_from, saved, callbacks)
@@ -154,14 +155,16 @@ def write_config(config: Config, run_dir: Path, software: Software) -> None:
     (run_dir / "config.yaml").write_text(redact(text))
 
 
-def build_step(config: Config, groups: ParallelGroups, init_from: Path | None, *, random_weights: bool) -> TrainStep:
+def build_step(
+    config: Config, groups: ParallelGroups, init_from: Path | None, software: Software, *, random_weights: bool
+) -> TrainStep:
     """This rank's model chunks, their data-parallel wrappers and the optimizer."""
     if config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
     dtype = getattr(torch, config.trainer.dtype)
     seed = config.seed if random_weights else None  # None: not initialised, they are loaded next
     # Fused only here, where data parallelism gives every weight a gradient buffer.
-    fused = choose_software(config.model, config.parallel, dtype).gradient_accumulation_fusion
+    fused = software.gradient_accumulation_fusion
     parallel = dataclasses.replace(config.parallel, gradient_accumulation_fusion=fused)
     stages = [None] if parallel.vp is None else range(parallel.vp)
     models = [

@@ -18,14 +18,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_mega.data.batch import Batch
-from llada_mega.data.context import TILE, shard_batch
+from llada_mega.data.context import attention_tile, shard_batch
 from llada_mega.evaluation.losses import level_name
 from llada_mega.models import (
     BlockDiffusionModel,
     EmbeddingNoise,
     RowLosses,
     discard_expert_load,
-    mask_carrier,
+    run_batch,
     update_expert_bias,
 )
 from llada_mega.models.router import routers
@@ -53,7 +53,7 @@ class TrainStep:
 
     Attributes:
         bare_models: the parts without their wrappers.
-        work_tile: rows that attention computes as a whole, by which context parallelism evens out its work.
+        work_tile: see :func:`llada_mega.data.context.attention_tile`.
         num_updates: optimizer steps taken; skipped steps make it smaller than the run's step.
     """
 
@@ -70,7 +70,7 @@ class TrainStep:
         self.bare_models: list[BlockDiffusionModel] = [chunk.module for chunk in chunks]
         self.model_config = self.bare_models[0].model_config
         self.num_updates = 0
-        self.work_tile = TILE if device.type == "cuda" else 1
+        self.work_tile = attention_tile(device)
         self._forward_backward = get_forward_backward_func()
         # Without this, overlapped gradient reduction would reduce after every micro-batch.
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -144,17 +144,7 @@ class TrainStep:
             rows = batch.logit_rows_R[: batch.num_rows]
             sample, position = batch.row_sample_R[: batch.num_rows], batch.row_position_R[: batch.num_rows]
             noise = EmbeddingNoise(embedding_noise_std, self.seed, rows, sample, position)
-        output = model(
-            batch.input_ids_S[None],
-            batch.position_ids_S[None],
-            mask_carrier.pack(batch.mask, batch.key_exchange),
-            padding_mask_BS=batch.padding_S[None],
-            logit_rows_R=batch.logit_rows_R,
-            labels_R=batch.labels_R,
-            weights_R=batch.weights_R,
-            embedding_noise=noise,
-        )
-        return output, partial(_loss, batch)
+        return run_batch(model, batch, noise), partial(_loss, batch)
 
     def _measure(self, outputs: list[Tensor], grad_norm: float, flops: float) -> StepMeasurement:
         """Sum over data- and context-parallel ranks what the last stage knows; then every stage knows all."""

@@ -154,21 +154,12 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def forward_step(data: Iterator[Batch], model: torch.nn.Module, *, groups: ParallelGroups) -> tuple[Any, Any]:
-    from llada_mega.models import EmbeddingNoise, mask_carrier
+    from llada_mega.models import EmbeddingNoise, run_batch
 
     batch = next(data)
     n = batch.num_rows
     noise = EmbeddingNoise(NOISE_STD, 3, batch.logit_rows_R[:n], batch.row_sample_R[:n], batch.row_position_R[:n])
-    output = model(
-        batch.input_ids_S[None],
-        batch.position_ids_S[None],
-        mask_carrier.pack(batch.mask, batch.key_exchange),
-        padding_mask_BS=batch.padding_S[None],
-        logit_rows_R=batch.logit_rows_R,
-        labels_R=batch.labels_R,
-        weights_R=batch.weights_R,
-        embedding_noise=noise,
-    )
+    output = run_batch(model, batch, noise)
 
     def loss_function(losses: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss_sum = losses.loss_sum

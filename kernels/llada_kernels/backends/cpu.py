@@ -19,6 +19,7 @@ from llada_kernels.backends import reference
 from llada_kernels.backends.chunk_forward import refills
 from llada_kernels.backends.chunk_plan import ChunkPlan
 from llada_kernels.backends.chunk_tiles import Interval, Tile
+from llada_kernels.backends.strides import unit_stride
 from llada_kernels.interval_mask import IntervalMask
 
 SUMMARY = "fused chunks of visible pairs on the CPU"
@@ -56,7 +57,7 @@ def attention(
         repeats = heads // key_BKHD.shape[2]
         key_BKHD, value_BKHD = (x.repeat_interleave(repeats, 2) for x in (key_BKHD, value_BKHD))
     plan = ChunkPlan.of(mask, batch, heads, head_dim)
-    query, key, value = (_unit_stride(x) for x in (query_BSHD, key_BKHD, value_BKHD))
+    query, key, value = (unit_stride(x) for x in (query_BSHD, key_BKHD, value_BKHD))
     return _ChunkedAttention.apply(query, key, value, plan, scale)
 
 
@@ -82,7 +83,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> Any:
         query, key, value, output, lse = ctx.saved_tensors
         dtype, head_dim = query.dtype, query.shape[-1]
-        grad_output = torch.zeros_like(output) if grad_output is None else _unit_stride(grad_output)
+        grad_output = torch.zeros_like(output) if grad_output is None else unit_stride(grad_output)
         if grad_lse is not None:
             # The kernel takes no gradient of the lse. Its softmax gradient is P * (dO . V - dO . O); with one more
             # feature, V = 0, O = 1 and dO = -dlse there, the last term becomes dO . O - dlse, which is what is wanted.
@@ -157,8 +158,3 @@ def _windows(x: Tensor, first: int, size: int, step: int, count: int) -> Tensor:
     outer, of_outer = (batch, of_batch) if count == 1 else (count, step * of_row)
     strides = (of_outer, of_head, of_row, *of_rest)
     return x.as_strided((outer, heads, size, *rest), strides, x.storage_offset() + first * of_row)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """The kernels need features side by side in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()

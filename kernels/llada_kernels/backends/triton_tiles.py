@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llada_kernels.backends.strides import unit_stride
 from llada_kernels.interval_mask import IntervalMask
 from llada_kernels.tiles import TileLists
 
@@ -126,7 +127,7 @@ def attention(
 class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, scale: float) -> Any:
-        query, key, value = (_unit_stride(x) for x in (query, key, value))
+        query, key, value = (unit_stride(x) for x in (query, key, value))
         ctx.mask, ctx.scale = mask, scale
         output, lse = forward(query, key, value, mask, scale, _launches(query).forward)
         ctx.save_for_backward(query, key, value, output, lse)
@@ -142,7 +143,7 @@ class _TileAttention(torch.autograd.Function):
             value,
             output,
             lse,
-            _unit_stride(grad_output),
+            unit_stride(grad_output),
             grad_lse,
             ctx.mask,
             ctx.scale,
@@ -287,8 +288,3 @@ def _row_lists(tiles: TileLists) -> tuple[Tensor, ...]:
 def _key_lists(tiles: TileLists) -> tuple[Tensor, ...]:
     full, partial = tiles.key_full, tiles.key_partial
     return tiles.key_order, full.offsets, full.indices, partial.offsets, partial.indices
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """The kernels read features side by side in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
