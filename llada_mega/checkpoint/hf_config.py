@@ -1,69 +1,38 @@
-"""``config.json`` of the dense Hugging Face families (llama, qwen2, qwen3) <-> :class:`ModelConfig`.
+"""``config.json`` of Hugging Face directories <-> :class:`ModelConfig`.
 
-Reading is strict: the class defaults of published configuration files differ from what the checkpoints need, so a field
-that decides a number is taken from the file or refused, never guessed.
+Llama, Qwen2 and Qwen3 are here, the mixtures of experts in :mod:`llada_mega.checkpoint.hf_config_moe`. What is written
+is read again before it leaves: a model that its family's file cannot express is refused, not bent.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
-from llada_mega.config.model import ModelConfig
+from llada_mega.checkpoint.hf_config_moe import (
+    LLADA2_CLASSES,
+    llada2_content,
+    parse_llada2,
+    qwen3_experts,
+    qwen3_experts_content,
+)
+from llada_mega.checkpoint.hf_fields import TOKEN_IDS, Fields, common_shape, family_class
+from llada_mega.config.model import ModelConfig, MoEConfig
 from llada_mega.errors import CheckpointError
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    **LLADA2_CLASSES,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MISSING = object()
-
-
-class _Fields:
-    """Typed access to a parsed config.json; every complaint names the file and the field."""
-
-    def __init__(self, content: dict[str, Any], location: str) -> None:
-        self.content, self.location = content, location
-
-    def fail(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.location}: {message}")
-
-    def get(self, name: str, kind: type, default: Any = _MISSING) -> Any:
-        value = self.content.get(name)
-        if value is None:
-            if default is _MISSING:
-                raise self.fail(f"{name} is missing; add it as the model was trained")
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.fail(f"{name}={value!r} must be of type {kind.__name__}")
-        return value
-
-    def positive(self, name: str, default: Any = _MISSING) -> int:
-        value = self.get(name, int, default)
-        if value <= 0:
-            raise self.fail(f"{name}={value} must be positive")
-        return value
-
-    def refuse(self, name: str, *accepted: Any) -> None:
-        """Fails when the field is there with a value that this project does not compute."""
-        value = self.content.get(name)
-        if value is not None and value not in accepted:
-            raise self.fail(f"{name}={value!r} is not supported; use a model without it")
-
-    def token_id(self, name: str, vocab_size: int) -> int | None:
-        value = self.content.get(name)
-        if isinstance(value, list) and value:  # several ids that end a turn: the first is the model's own
-            value = value[0]
-        if value is None:
-            return None
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.fail(f"{name}={value!r} must be a token id")
-        if value == -1:  # written by some exporters for "none"
-            return None
-        if not 0 <= value < vocab_size:
-            raise self.fail(f"{name}={value} is outside vocab_size={vocab_size}")
-        return value
+EXPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "llada2_moe")
+# Keys of ModelConfig that say how a model is run or trained, not what it is.
+_NOT_THE_MODEL = ("model.attention_backend", "model.implementation", "model.moe.bias_update_rate")
 
 
 def parse_config(content: dict[str, Any], location: str) -> ModelConfig:
@@ -76,70 +45,38 @@ def parse_config(content: dict[str, Any], location: str) -> ModelConfig:
         CheckpointError: a field is missing, has the wrong type, contradicts another one, or asks for something that is
             not supported here (rotary scaling, sliding windows, other biases, quantised weights, other families).
     """
-    fields = _Fields(content, location)
-    family = _family(fields)
+    fields = Fields(content, location)
+    family = family_class(fields, CLASSES)
+    if family in LLADA2_CLASSES:
+        return parse_llada2(fields)
     _refuse_unsupported(fields, family)
-    hidden_size, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
-    groups = fields.positive("num_key_value_heads")
-    if heads % groups:
-        raise fields.fail(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
-    vocab_size = fields.positive("vocab_size")
+    common = common_shape(fields)
     return ModelConfig(
         architecture=family,
-        num_layers=fields.positive("num_hidden_layers"),
-        hidden_size=hidden_size,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=_head_dim(fields, family, hidden_size, heads),
-        ffn_hidden_size=fields.positive("intermediate_size"),
-        vocab_size=vocab_size,
-        max_position_embeddings=fields.positive("max_position_embeddings"),
-        rope_theta=_rope_theta(fields),
-        norm_eps=fields.get("rms_norm_eps", float),
-        qk_norm=family == "qwen3",
+        head_dim=_head_dim(fields, family, common["hidden_size"], common["num_attention_heads"]),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         qkv_bias=family == "qwen2",
-        tie_embeddings=fields.get("tie_word_embeddings", bool),
-        init_std=fields.get("initializer_range", float, 0.02),
-        mask_token_id=fields.token_id("mask_token_id", vocab_size),
-        pad_token_id=fields.token_id("pad_token_id", vocab_size),
-        eos_token_id=fields.token_id("eos_token_id", vocab_size),
-        bos_token_id=fields.token_id("bos_token_id", vocab_size),
+        moe=qwen3_experts(fields, common["num_layers"]) if family == "qwen3_moe" else MoEConfig(),
+        **common,
     )
 
 
-def _family(fields: _Fields) -> str:
-    family = fields.get("model_type", str)
-    if family not in ARCHITECTURES:
-        raise fields.fail(f"model_type={family!r} is not supported; use one of {', '.join(ARCHITECTURES)}")
-    architectures = fields.get("architectures", list, [])
-    if architectures and ARCHITECTURES[family] not in architectures:
-        raise fields.fail(f"architectures={architectures} contradicts model_type={family!r} ({ARCHITECTURES[family]})")
-    return family
-
-
-def _refuse_unsupported(fields: _Fields, family: str) -> None:
-    fields.refuse("hidden_act", "silu")
-    fields.get("hidden_act", str)
+def _refuse_unsupported(fields: Fields, family: str) -> None:
     fields.refuse("attention_bias", *([True] if family == "qwen2" else []), False)
-    for name in ("mlp_bias", "use_sliding_window"):
-        fields.refuse(name, False)
+    fields.refuse("mlp_bias", False)
     fields.refuse("partial_rotary_factor", 1.0)
-    fields.refuse("quantization_config")
+    fields.nested("rope_parameters").refuse("partial_rotary_factor", 1.0)
     if family == "llama":
         fields.refuse("sliding_window")
     window_layers = set(fields.get("layer_types", list, [])) - {"full_attention"}
     if window_layers:
         raise fields.fail(f"layer_types has {sorted(window_layers)}, which is not supported; use full_attention")
-    scaling = fields.get("rope_scaling", dict, {})
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise fields.fail(f"rope_scaling of type {kind!r} is not supported; use a model without it")
 
 
-def _head_dim(fields: _Fields, family: str, hidden_size: int, heads: int) -> int:
+def _head_dim(fields: Fields, family: str, hidden_size: int, heads: int) -> int:
     """``head_dim``, which llama and qwen2 may leave out (then hidden_size / num_attention_heads); qwen3 may not."""
-    if fields.content.get("head_dim") is not None or family == "qwen3":
-        head_dim = fields.positive("head_dim")
+    if fields.content.get("head_dim") is not None or family in ("qwen3", "qwen3_moe"):
+        head_dim = fields.count("head_dim")
     elif hidden_size % heads:
         raise fields.fail(f"hidden_size={hidden_size} is no multiple of num_attention_heads={heads}; add head_dim")
     else:
@@ -151,49 +88,31 @@ def _head_dim(fields: _Fields, family: str, hidden_size: int, heads: int) -> int
     return head_dim
 
 
-def _rope_theta(fields: _Fields) -> float:
-    """The rotary base: ``rope_theta``, or ``rope_parameters.rope_theta`` as transformers 5 writes it."""
-    parameters = fields.get("rope_parameters", dict, {})
-    if parameters.get("rope_type", "default") != "default":
-        raise fields.fail(f"rope_parameters.rope_type={parameters['rope_type']!r} is not supported; use 'default'")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise fields.fail("rope_parameters.partial_rotary_factor is not supported; use a model without it")
-    nested = _Fields(parameters, f"{fields.location}: rope_parameters")
-    if parameters.get("rope_theta") is None:
-        return fields.get("rope_theta", float)
-    theta = nested.get("rope_theta", float)
-    if fields.get("rope_theta", float, theta) != theta:
-        raise fields.fail(f"rope_theta={fields.content['rope_theta']} contradicts rope_parameters.rope_theta={theta}")
-    return theta
+def render_config(
+    config: ModelConfig, dtype: torch.dtype, block_size: int | None, *, stacked_experts: bool = False
+) -> dict[str, Any]:
+    """``config.json`` that the family's readers understand, with ``mask_token_id`` and ``block_size`` for decoding.
 
-
-def render_config(config: ModelConfig, dtype: torch.dtype, block_size: int | None) -> dict[str, Any]:
-    """``config.json`` that transformers (4 and 5) reads, with ``mask_token_id`` and ``block_size`` for decoding.
+    Those are transformers 4 and 5; for LLaDA2 with the published modeling code, and the inference engines that read its
+    checkpoints.
 
     Args:
-        config: a dense model.
+        config: the model.
         dtype: of the exported weights.
         block_size: tokens of a decoding block; None leaves the field out.
+        stacked_experts: the exported experts of a layer are one tensor (LLaDA2 only).
     Raises:
-        CheckpointError: the model belongs to no dense Hugging Face family.
+        CheckpointError: the model belongs to no Hugging Face family, or has something that its family has not.
     """
-    if config.is_moe or config.architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"model.architecture={config.architecture} cannot be exported; use one of {', '.join(ARCHITECTURES)}"
-        )
-    traits = {"qk_norm": config.architecture == "qwen3", "qkv_bias": config.architecture == "qwen2"}
-    for name, expected in traits.items():
-        if getattr(config, name) != expected:
-            raise CheckpointError(
-                f"model.{name}={getattr(config, name)} does not fit model.architecture={config.architecture}, "
-                f"which has {name}={expected}"
-            )
-    if config.rotary_percent != 1.0:
-        raise CheckpointError(f"model.rotary_percent={config.rotary_percent} cannot be exported; use 1.0")
+    family = config.architecture
+    if family not in EXPORTED:
+        raise CheckpointError(f"model.architecture={family} cannot be exported; use one of {', '.join(EXPORTED)}")
+    if stacked_experts and family != "llada2_moe":
+        raise CheckpointError(f"model.architecture={family} has no form with stacked experts; only llada2_moe has one")
     name = next(name for name, known in DTYPES.items() if known == dtype)
     content: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.architecture]],
-        "model_type": config.architecture,
+        "architectures": [CLASSES[family]],
+        "model_type": family,
         "dtype": name,
         "torch_dtype": name,
         "vocab_size": config.vocab_size,
@@ -211,26 +130,58 @@ def render_config(config: ModelConfig, dtype: torch.dtype, block_size: int | Non
         "initializer_range": config.init_std,
         "use_cache": True,
     }
-    if config.architecture == "qwen2":
+    content |= llada2_content(config, stacked_experts) if family == "llada2_moe" else _dense_content(family)
+    if family == "qwen3_moe":
+        content |= qwen3_experts_content(config.moe)
+    if family == "qwen2":
         del content["head_dim"]  # always hidden_size / num_attention_heads there
-    else:
-        content["attention_bias"] = False
-    if config.architecture == "llama":
-        content["mlp_bias"] = False
-    else:
-        content["use_sliding_window"] = False
-    for field in ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
-        if getattr(config, field) is not None:
-            content[field] = getattr(config, field)
+    content |= _token_ids(config)
     if block_size is not None:
         content["block_size"] = block_size
+    _check_expressed(config, content)
     return content
 
 
-def render_generation_config(config: ModelConfig) -> dict[str, Any]:
-    """``generation_config.json``: the special ids, greedy."""
-    content: dict[str, Any] = {"do_sample": False}
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(config, field) is not None:
-            content[field] = getattr(config, field)
-    return content
+def _dense_content(family: str) -> dict[str, Any]:
+    """What Llama and the Qwens differ in."""
+    content = {} if family == "qwen2" else {"attention_bias": False}
+    return content | ({"mlp_bias": False} if family == "llama" else {"use_sliding_window": False})
+
+
+def _token_ids(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in TOKEN_IDS if getattr(config, name) is not None}
+
+
+def _check_expressed(config: ModelConfig, content: dict[str, Any]) -> None:
+    """Fails unless ``content`` reads back as ``config``."""
+    location = f"config.json of model.architecture={config.architecture}"
+    wanted, found = _keys(config), _keys(parse_config(content, location))
+    for key, value in wanted.items():
+        if value != found[key]:
+            raise CheckpointError(
+                f"{key}={value} cannot be exported: a {location} would say {found[key]}; change one of the two"
+            )
+
+
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    """Every key that makes up the model; of a dense one no experts but their number."""
+    values = dataclasses.asdict(config)
+    moe = values.pop("moe") if config.is_moe else {"num_experts": values.pop("moe")["num_experts"]}
+    keys = {f"model.moe.{name}": value for name, value in moe.items()}
+    keys |= {f"model.{name}": value for name, value in values.items()}
+    return {key: value for key, value in keys.items() if key not in _NOT_THE_MODEL}
+
+
+def render_generation_config(config: ModelConfig, block_size: int | None = None) -> dict[str, Any]:
+    """``generation_config.json``: the special ids, greedy; for LLaDA2 also its decoder's arguments and their defaults.
+
+    Args:
+        config: the model.
+        block_size: tokens of a LLaDA2 decoding block; None: the published 32.
+    """
+    content: dict[str, Any] = {"do_sample": False} | _token_ids(config)
+    content.pop("mask_token_id", None)
+    if config.architecture == "llada2_moe":
+        content |= {"block_length": block_size or 32, "steps": 32, "threshold": 0.95}
+        content |= {"mask_id": config.mask_token_id, "eos_id": config.eos_token_id}
+    return {name: value for name, value in content.items() if value is not None}

@@ -84,8 +84,8 @@ def test_qwen3_must_give_its_head_size() -> None:
         (LLAMA, {"attention_bias": True}, "attention_bias=True"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
         (LLAMA, {"sliding_window": 4096}, "sliding_window=4096"),
-        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3'"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type='llama3'"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear'"),
         (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000}}, "rope_parameters.rope_type='yarn'"),
         (LLAMA, {"rope_parameters": {"rope_theta": 5.0}}, "contradicts rope_parameters.rope_theta=5.0"),
         (LLAMA, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -95,7 +95,7 @@ def test_qwen3_must_give_its_head_size() -> None:
         (LLAMA, {"hidden_size": 50}, "hidden_size=50"),
         (LLAMA, {"hidden_size": "48"}, "hidden_size='48' must be of type int"),
         (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers=True"),
-        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0 must be positive"),
+        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0 must be 1 or more"),
         (LLAMA, {"head_dim": 7}, "head_dim=7 must be even"),
         (LLAMA, {"eos_token_id": 320}, "eos_token_id=320 is outside vocab_size=320"),
         (LLAMA, {"mask_token_id": "<mask>"}, "mask_token_id='<mask>'"),
@@ -127,9 +127,17 @@ def test_rendering_and_parsing_give_the_same_model(content: dict[str, Any]) -> N
         (ModelConfig(architecture="llama", qk_norm=True), "model.qk_norm=True"),
         (ModelConfig(architecture="qwen2"), "model.qkv_bias=False"),
         (ModelConfig(architecture="llama", rotary_percent=0.5), "model.rotary_percent=0.5"),
-        (ModelConfig(architecture="llada2_moe", moe=MoEConfig(num_experts=8)), "model.architecture=llada2_moe"),
+        (ModelConfig(architecture="llama", moe=MoEConfig(num_experts=8)), "model.moe.num_experts=8"),
+        (ModelConfig(architecture="gpt2"), "model.architecture=gpt2"),
+        (ModelConfig(architecture="qwen2", qkv_bias=True, head_dim=32), "model.head_dim=32"),
     ],
 )
-def test_a_model_without_a_dense_family_is_not_exported(config: ModelConfig, named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_a_model_that_its_family_cannot_express_is_not_exported(config: ModelConfig, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named) as caught:
         render_config(config, torch.float32, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_llada2_has_a_form_with_stacked_experts() -> None:
+    with pytest.raises(CheckpointError, match="model.architecture=llama has no form with stacked experts"):
+        render_config(ModelConfig(), torch.float32, None, stacked_experts=True)
