@@ -8,10 +8,12 @@ from typing import Optional
 
 @dataclass
 class MoEConfig:
-    """Mixture of experts of the Ling 2.0 / LLaDA2 kind (LLaDA2.0 report, arXiv 2512.15745).
+    """Mixture of experts of the Ling 2.0 / LLaDA2 kind (LLaDA2.0 report, arXiv 2512.15745) or of the Qwen3 kind.
 
-    ``top_k`` experts of ``group_top_k`` groups are chosen by sigmoid score plus expert bias; their weights are the
-    unbiased scores, normalised and multiplied by ``routed_scaling_factor``.
+    sigmoid: ``top_k`` experts of ``group_top_k`` groups are chosen by sigmoid score plus expert bias; their weights are
+    the unbiased scores, normalised and multiplied by ``routed_scaling_factor``.
+    softmax: the ``top_k`` experts of the largest logits, weighted by the softmax over these logits; no groups, no
+    expert bias, no shared expert, no scaling.
     """
 
     num_experts: int = 0  # 0: a dense model
@@ -21,15 +23,16 @@ class MoEConfig:
     expert_ffn_hidden_size: int = 512
     shared_expert_ffn_hidden_size: int = 512  # 0: no shared expert
     first_dense_layers: int = 1
+    score_function: str = "sigmoid"  # sigmoid | softmax: Ling's routing or Qwen3's
     routed_scaling_factor: float = 2.5
-    bias_update_rate: float = 1.0e-3
+    bias_update_rate: float = 1.0e-3  # of the expert bias; softmax routing has none
 
 
 @dataclass
 class ModelConfig:
-    """A dense Llama/Qwen-type or a Ling/LLaDA2 MoE model. Sizes are counts; ``rope_theta`` is the rotary base."""
+    """A dense Llama/Qwen, Ling/LLaDA2 MoE or Qwen3 MoE model. Sizes are counts; ``rope_theta`` is the rotary base."""
 
-    architecture: str = "llama"  # llama | qwen2 | qwen3 | llada2_moe: names the Hugging Face family it exports to
+    architecture: str = "llama"  # llama | qwen2 | qwen3 | llada2_moe | qwen3_moe: the Hugging Face family it exports to
     num_layers: int = 2
     hidden_size: int = 64
     num_attention_heads: int = 4

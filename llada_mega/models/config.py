@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from llada_mega.config.checks import divides
 from llada_mega.config.layout import check_layout
 from llada_mega.config.model import ModelConfig
+from llada_mega.config.moe import check_routing
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
 from llada_mega.parallel.capabilities import choose_attention, choose_gradient_fusion, choose_implementation
@@ -137,7 +138,8 @@ def _moe_fields(model: ModelConfig, dtype: torch.dtype, implementation: str) -> 
         "moe_router_topk": moe.top_k,
         "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
         "moe_router_group_topk": moe.group_top_k if moe.num_groups > 1 else None,
-        "moe_router_score_function": "sigmoid",
+        "moe_router_score_function": moe.score_function,
+        "moe_router_pre_softmax": False,
         "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
         "moe_router_enable_expert_bias": False,
         "moe_router_bias_update_rate": moe.bias_update_rate,
@@ -151,6 +153,7 @@ def _moe_fields(model: ModelConfig, dtype: torch.dtype, implementation: str) -> 
 
 def _check_moe(model: ModelConfig) -> None:
     moe = model.moe
+    check_routing(model)
     divides("model.moe.num_groups", moe.num_groups, "model.moe.num_experts", moe.num_experts)
     if moe.num_groups > 1 and moe.top_k != 2 * moe.group_top_k:
         raise ConfigError(

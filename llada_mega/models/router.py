@@ -1,8 +1,9 @@
-"""Router of the Ling 2.0 / LLaDA2 mixture of experts, and the load-driven update of its expert bias.
+"""Router of the mixtures of experts of Ling 2.0 / LLaDA2 and Qwen3, and the load-driven update of its expert bias.
 
-Scores are fp32 sigmoids; a per-expert bias takes part in the selection only; groups of experts are ranked by the sum
-of their two best biased scores; the weights are the unbiased scores of the chosen experts, normalised and scaled. All
-of that is Megatron's ``TopKRouter``. The load is counted here: Megatron-Core 0.16 and 0.19 combine the routing map
+Ling: scores are fp32 sigmoids; a per-expert bias takes part in the selection only; groups of experts are ranked by the
+sum of their two best biased scores; the weights are the unbiased scores of the chosen experts, normalised and scaled.
+Qwen3: the weights are the fp32 softmax over the chosen experts' logits; there is no bias. All of that is Megatron's
+``TopKRouter``. The load is counted here: Megatron-Core 0.16 and 0.19 combine the routing map
 [T, E] and the padding mask [T] in a way that fails or counts wrongly, and update the bias inside the gradient
 reduction, where a step that is skipped afterwards would have changed the model.
 """
@@ -22,18 +23,20 @@ from torch import Tensor
 class BalancedRouter(TopKRouter):
     """``TopKRouter`` with an expert bias of its own and a load count that ignores padding.
 
-    Buffers: ``expert_bias`` float32 [E] (saved), ``local_tokens_per_expert`` int64 [E] (this rank's tokens since the
-    last update, not saved).
+    Buffers: ``expert_bias`` float32 [E] (saved; None with softmax scores), ``local_tokens_per_expert`` int64 [E] (this
+    rank's tokens since the last update, not saved).
     """
 
-    expert_bias: Tensor
+    expert_bias: Tensor | None
     local_tokens_per_expert: Tensor
 
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, **version_specific: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection, **version_specific)
         num_experts = config.num_moe_experts
         del self.expert_bias, self.local_tokens_per_expert  # None: the config leaves Megatron's own bias off
-        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32, device=self.weight.device))
+        has_bias = config.moe_router_score_function == "sigmoid"
+        bias = torch.zeros(num_experts, dtype=torch.float32, device=self.weight.device) if has_bias else None
+        self.register_buffer("expert_bias", bias)
         self.register_buffer(
             "local_tokens_per_expert",
             torch.zeros(num_experts, dtype=torch.int64, device=self.weight.device),
@@ -58,7 +61,7 @@ def update_expert_bias(model: torch.nn.Module | Iterable[torch.nn.Module], rate:
     """Add ``rate`` to the bias of experts below the mean load and take it from those above; reset the counts.
 
     Call it once after every optimizer step that was taken, on every rank. Loads are summed over all ranks that hold
-    the same layers (tensor x data x context parallel).
+    the same layers (tensor x data x context parallel). A router without a bias reports its load and resets it.
 
     Args:
         model: the model, or its chunks under virtual pipeline parallelism.
@@ -75,7 +78,8 @@ def update_expert_bias(model: torch.nn.Module | Iterable[torch.nn.Module], rate:
     excess_LE = load_LE * load_LE.shape[1] - load_LE.sum(dim=1, keepdim=True)  # E x (load - mean), exact in integers
     for router, excess_E in zip(mine, excess_LE, strict=True):
         step = router.config.moe_router_bias_update_rate if rate is None else rate
-        router.expert_bias -= step * torch.sign(excess_E).to(torch.float32)
+        if router.expert_bias is not None:
+            router.expert_bias -= step * torch.sign(excess_E).to(torch.float32)
         router.local_tokens_per_expert.zero_()
     return load_LE
 

@@ -39,7 +39,7 @@ def randomize(model: BlockDiffusionModel, seed: int = 0) -> None:
             if "layernorm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.3)
         for module in model.modules():
-            if isinstance(module, BalancedRouter):
+            if isinstance(module, BalancedRouter) and module.expert_bias is not None:
                 bias = torch.randn(module.expert_bias.shape, generator=generator)
                 module.expert_bias.copy_(0.2 * bias)
 
