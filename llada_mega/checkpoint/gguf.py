@@ -19,10 +19,11 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from llada_mega.checkpoint.source import EMBEDDING, OUTPUT, SourceModel, check_shapes
+from llada_mega.checkpoint.source import SourceModel, check_shapes
 from llada_mega.config.model import ModelConfig
 from llada_mega.errors import CheckpointError
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _GLOBAL_NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -109,7 +110,7 @@ def import_gguf(path: Path, cache_dir: Path | None = None) -> SourceModel:
             return _half_split_rotary(weight, config.num_query_groups)
         return weight
 
-    return SourceModel(config, read, torch.float32, path, _tokenizer_files(fields))
+    return SourceModel(config, read, torch.float32, path, (path,), _tokenizer_files(fields))
 
 
 class _Fields:

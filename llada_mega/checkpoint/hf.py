@@ -1,27 +1,33 @@
-"""Hugging Face directories: dense llama, qwen2 and qwen3 models with safetensors weights, in and out."""
+"""Reading and writing Hugging Face directories with safetensors weights."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llada_mega.checkpoint.hf_config import DTYPES, parse_config, render_config, render_generation_config
-from llada_mega.checkpoint.source import EMBEDDING, OUTPUT, SourceModel, check_shapes
+from llada_mega.checkpoint.directory import NewDirectory, write_json
+from llada_mega.checkpoint.hf_config import DTYPES, parse_config
+from llada_mega.checkpoint.source import SourceModel, check_shapes
+from llada_mega.checkpoint.storage import MAX_MAPPED_BYTES, sha256
+from llada_mega.checkpoint.streaming import PlannedFile, PlannedTensor, split_by_size
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
+from llada_mega.models.hf_mapping import hf_shapes, model_tensors, stacked_expert, vocabulary_names
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+CHECKSUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
+EXPERT_BIAS = ".expert_bias"
+_DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -32,27 +38,73 @@ def import_hf(directory: Path) -> SourceModel:
         CheckpointError: config.json is missing, incomplete, contradictory or asks for something unsupported; a weight
             file is missing or truncated; a tensor is missing, has another shape or no place in the model.
     """
-    config = parse_config(_read_json(directory / CONFIG), str(directory / CONFIG))
-    shards = {name: directory / file for name, file in _weight_map(directory).items()}
-    shapes, dtypes = _read_headers(directory, shards)
-    check_shapes(config, shapes, directory)
-    if len(set(dtypes.values())) > 1:
-        raise CheckpointError(f"{directory}: weights of several dtypes ({sorted(set(dtypes.values()))}); convert them")
-    name = dtypes[EMBEDDING].lower()
-    names = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-    if name not in names:
-        raise CheckpointError(f"{directory}: weights of dtype {name}; use {', '.join(DTYPES)}")
-
-    def read(tensor: str) -> Tensor:
-        with _open(shards[tensor]) as file:
-            return file.get_tensor(tensor)
-
-    if config.tie_embeddings and OUTPUT in shards and not torch.equal(read(OUTPUT), read(EMBEDDING)):
+    content = _read_json(directory / CONFIG)
+    config = parse_config(content, str(directory / CONFIG))
+    reader = _Reader(directory)
+    extra_layers = content.get("num_nextn_predict_layers") or 0
+    is_stacked, notes = check_shapes(config, reader.shapes, directory, extra_layers=extra_layers)
+    dtype = _dtype(directory, reader.dtypes)
+    embedding, output = vocabulary_names(config)
+    has_copy = config.tie_embeddings and output in reader.shapes
+    if has_copy and not torch.equal(reader.read(output), reader.read(embedding)):
         raise CheckpointError(
-            f"{directory}: tie_word_embeddings=true contradicts {OUTPUT}, which differs from {EMBEDDING}"
+            f"{directory}: tie_word_embeddings=true contradicts {output}, which differs from {embedding}"
         )
-    files = {file: (directory / file).read_text("utf-8") for file in TOKENIZER_FILES if (directory / file).is_file()}
-    return SourceModel(config, read, names[name], directory, files if "tokenizer.json" in files else {})
+    texts = {file: (directory / file).read_text("utf-8") for file in TOKENIZER_FILES if (directory / file).is_file()}
+    return SourceModel(
+        config,
+        reader.read_expert if is_stacked else reader.read,
+        dtype,
+        directory,
+        (directory / CONFIG, *reader.files),
+        texts if "tokenizer.json" in texts else {},
+        notes,
+    )
+
+
+class _Reader:
+    """Tensors of a directory, read one at a time. ``shapes``, ``dtypes`` and ``files`` are known from the headers."""
+
+    def __init__(self, directory: Path) -> None:
+        self._shards = {name: directory / file for name, file in _weight_map(directory).items()}
+        self.files = sorted(set(self._shards.values()))
+        self.shapes, self.dtypes = _read_headers(directory, self._shards)
+        self._open_files: dict[Path, Any] = {}
+        self._mapped_bytes = 0
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def read_expert(self, name: str) -> Tensor:
+        """A tensor by its name in the form with separate experts, from one with stacked experts."""
+        stacked = stacked_expert(name)
+        if stacked is None:
+            return self.read(name)
+        return self._read(stacked[0], lambda file: file.get_slice(stacked[0])[stacked[1]])
+
+    def _read(self, name: str, get: Callable[[Any], Tensor]) -> Tensor:
+        if self._mapped_bytes > MAX_MAPPED_BYTES:  # what a mapped file has shown counts as resident
+            self._open_files.clear()
+            self._mapped_bytes = 0
+        path = self._shards[name]
+        with _named_errors(path):
+            if path not in self._open_files:
+                self._open_files[path] = safe_open(path, framework="pt")
+            tensor = get(self._open_files[path])
+        self._mapped_bytes += tensor.nbytes
+        return tensor
+
+
+def _dtype(directory: Path, dtypes: dict[str, str]) -> torch.dtype:
+    """The one dtype of all weights; the biases of experts may be float32 beside it."""
+    found = {dtype for name, dtype in dtypes.items() if not (name.endswith(EXPERT_BIAS) and dtype == "F32")}
+    if len(found) > 1:
+        raise CheckpointError(f"{directory}: weights of several dtypes ({', '.join(sorted(found))}); convert them")
+    name = next(iter(found))
+    if name not in _DTYPE_NAMES:
+        raise CheckpointError(f"{directory}: weights of dtype {name}; use {', '.join(DTYPES)}")
+    return _DTYPE_NAMES[name]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -81,7 +133,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         return weight_map
     if not (directory / WEIGHTS).is_file():
         raise CheckpointError(f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; only safetensors are read")
-    with _open(directory / WEIGHTS) as file:
+    with _named_errors(directory / WEIGHTS), safe_open(directory / WEIGHTS, framework="pt") as file:
         return dict.fromkeys(file.keys(), WEIGHTS)
 
 
@@ -90,7 +142,7 @@ def _read_headers(directory: Path, shards: dict[str, Path]) -> tuple[dict[str, t
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     for path in sorted(set(shards.values())):
-        with _open(path) as file:
+        with _named_errors(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 header = file.get_slice(name)
                 shapes[name], dtypes[name] = tuple(header.get_shape()), header.get_dtype()
@@ -101,10 +153,9 @@ def _read_headers(directory: Path, shards: dict[str, Path]) -> tuple[dict[str, t
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def _named_errors(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); download it again") from error
 
@@ -122,89 +173,108 @@ def parse_size(size: int | str) -> int:
     return size_bytes
 
 
-def export_hf(
+def plan_weights(
     directory: Path,
     config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    read: Callable[[str], Iterator[Tensor]],
     *,
     dtype: torch.dtype,
-    block_size: int | None = None,
-    tokenizer_files: dict[str, str] | None = None,
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = False,
-) -> None:
-    """Write a directory that plain transformers loads. It appears under its name only when it is whole.
+    max_shard_size: int,
+    stacked_experts: bool,
+) -> list[PlannedFile]:
+    """The weight files of a Hugging Face directory: one, or numbered shards.
 
     Args:
-        directory: must not exist, or be empty, or with ``overwrite`` be a Hugging Face directory.
-        config: a dense model.
-        tensors: (Hugging Face name, tensor), stored as ``dtype``.
-        dtype: float32, bfloat16 or float16.
-        block_size: decoding block, written into config.json.
-        tokenizer_files: file name -> text.
-        max_shard_size: bytes, or a string as :func:`parse_size` takes it.
-        overwrite: replace what is there, once the new directory is whole.
+        directory: where they go.
+        read: Hugging Face name (experts apart) -> pieces that, one after the other along the first axis, are it.
+        dtype: of the weights; the biases of experts are float32.
+        max_shard_size: bytes of a file; a larger tensor has a file of its own.
+        stacked_experts: all experts of a layer in one tensor.
     Raises:
-        CheckpointError: the directory is in use or cannot be written, the model has no Hugging Face family, or the
-            tensors are not its.
+        ConfigError: the model has no Hugging Face form.
     """
-    content, limit = render_config(config, dtype, block_size), parse_size(max_shard_size)
-    replaced = overwrite and (directory / CONFIG).is_file()
-    if directory.exists() and not replaced and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists and is not empty; choose another output or remove it")
-    partial = directory.with_name(f".{directory.name}.partial")
+    names: dict[str, list[str]] = {}  # name in the file -> names of its parts
+    for tensor in model_tensors(config):
+        for part in tensor.parts:
+            stacked = stacked_expert(part.name) if stacked_experts else None
+            names.setdefault(stacked[0] if stacked else part.name, []).append(part.name)
+    tensors = [
+        PlannedTensor(
+            name,
+            torch.float32 if name.endswith(EXPERT_BIAS) else dtype,
+            shape,
+            partial(_pieces, read, names[name]),
+        )
+        for name, shape in hf_shapes(config, stacked_experts=stacked_experts).items()
+    ]
+    shards = split_by_size(tensors, max_shard_size)
+    if len(shards) == 1:
+        return [PlannedFile(directory / WEIGHTS, shards[0], {})]
+    return [
+        PlannedFile(directory / f"model-{index:05d}-of-{len(shards):05d}.safetensors", shard, {})
+        for index, shard in enumerate(shards, start=1)
+    ]
+
+
+def _pieces(read: Callable[[str], Iterator[Tensor]], names: list[str]) -> Iterator[Tensor]:
+    for name in names:
+        yield from read(name)
+
+
+def seal_hf(
+    new: NewDirectory,
+    files: list[PlannedFile],
+    config: ModelConfig,
+    content: dict[str, Any],
+    generation: dict[str, Any],
+    tokenizer_files: dict[str, str],
+) -> None:
+    """Complete a Hugging Face directory that has its weights, and give it its name.
+
+    Args:
+        new: with all ``files`` in it.
+        content, generation: of config.json and generation_config.json.
+        tokenizer_files: file name -> text.
+    Raises:
+        CheckpointError: what was written is not the model, or the disk is full.
+    """
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_json(partial / CONFIG, content)
-        _write_json(partial / GENERATION_CONFIG, render_generation_config(config))
-        for name, text in (tokenizer_files or {}).items():
-            (partial / name).write_text(text, "utf-8")
-        _write_shards(partial, ((name, tensor.to(dtype)) for name, tensor in tensors), limit)
-        readable = (partial / CONFIG).stat().st_mode
-        for file in partial.glob("*.safetensors"):  # safetensors makes its files private
-            file.chmod(readable)
-        shapes, _ = _read_headers(partial, {name: partial / file for name, file in _weight_map(partial).items()})
-        check_shapes(config, shapes, directory)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.replace(directory)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {directory}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if len(files) > 1:
+            weight_map = {tensor.name: file.path.name for file in files for tensor in file.tensors}
+            total = sum(file.nbytes for file in files)
+            write_json(new.partial / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(new.partial / CONFIG, content)
+        write_json(new.partial / GENERATION_CONFIG, generation)
+        for name, text in tokenizer_files.items():
+            (new.partial / name).write_text(text, "utf-8")
+        checksums = {file.path.name: json.loads(file.sidecar.read_text())["sha256"] for file in files}
+        check_shapes(config, _Reader(new.partial).shapes, new.path)
+        for file in files:
+            file.sidecar.unlink()
+        for path in new.partial.iterdir():
+            if path.name not in checksums and path != new.plan:
+                checksums[path.name] = sha256(path)
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(checksums.items())]
+        (new.partial / CHECKSUMS).write_text("".join(lines))
+        new.publish()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {new.path}: {error.strerror or error}") from error
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+def verify_hf(directory: Path) -> list[str]:
+    """All that is wrong with a Hugging Face directory, one line each, as far as its SHA256SUMS tells.
 
-
-def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    """One file, or numbered shards of at most ``limit`` bytes (a larger tensor has a shard of its own) and an index."""
-    shard_names: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    filled = total = 0
-
-    def flush() -> None:
-        save_file(shard, directory / f"shard-{len(shard_names):05d}", metadata={"format": "pt"})
-        shard_names.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and filled + size > limit:
-            flush()
-            filled = 0
-        shard[name] = tensor.contiguous()
-        filled, total = filled + size, total + size
-    flush()
-    count = len(shard_names)
-    if count == 1:
-        (directory / "shard-00000").replace(directory / WEIGHTS)
-        return
-    weight_map: dict[str, str] = {}
-    for index, names in enumerate(shard_names):
-        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-        (directory / f"shard-{index:05d}").replace(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    _write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    Raises:
+        CheckpointError: it has no checksums.
+    """
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no {CHECKSUMS}; only directories that convert export wrote have it")
+    problems = []
+    for line in path.read_text("utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if Path(name).name != name or not (directory / name).is_file():
+            problems.append(f"{name} is missing")
+        elif sha256(directory / name) != digest:
+            problems.append(f"{name} has another checksum than when it was written")
+    return problems

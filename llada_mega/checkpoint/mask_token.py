@@ -28,26 +28,45 @@ from typing import Any
 import tokenizers
 from torch import Tensor
 
-from llada_mega.checkpoint.source import EMBEDDING, OUTPUT, SourceModel
+from llada_mega.checkpoint.source import SourceModel
 from llada_mega.errors import CheckpointError
+from llada_mega.models.hf_mapping import vocabulary_names
 
 MASK_TOKEN = "<|mask|>"
+_ROWS = 4096  # are summed in float64 at a time
 _KNOWN_NAMES = (MASK_TOKEN, "<|MASK|>", "[MASK]", "<mask>", "<|mdm_mask|>")
 
 
-def ensure_mask_token(source: SourceModel) -> SourceModel:
+def ensure_mask_token(source: SourceModel, mask_token_id: int | None = None) -> SourceModel:
     """The model with a MASK token: its own if it names one, otherwise a new one.
 
-    A MASK that the configuration or the tokenizer names is kept as it is, embedding included. A new one takes the
-    tokenizer's next id; the embedding table grows by a row unless it has an unused one there.
+    A MASK that the configuration, the tokenizer or the caller names is kept as it is, embedding included. A new one
+    takes the tokenizer's next id; the embedding table grows by a row unless it has an unused one there.
 
+    Args:
+        mask_token_id: the MASK token, where config.json does not name it.
     Raises:
-        CheckpointError: the tokenizer has more tokens than the model, or no MASK at the id that the model names.
+        CheckpointError: the tokenizer has more tokens than the model, or no MASK at the id that the model names; or
+            which token is MASK cannot be known.
     """
     config, location = source.config, source.location
+    if mask_token_id is not None:
+        if config.mask_token_id not in (None, mask_token_id):
+            raise CheckpointError(
+                f"mask_token_id={mask_token_id} contradicts {location}, where it is {config.mask_token_id}"
+            )
+        if not 0 <= mask_token_id < config.vocab_size:
+            raise CheckpointError(f"mask_token_id={mask_token_id} is outside the vocabulary of {config.vocab_size}")
+        config = replace(config, mask_token_id=mask_token_id)
+        source = replace(source, config=config)
     if not source.tokenizer_files:
         if config.mask_token_id is not None:
             return source
+        if config.is_moe:  # the published vocabularies hold reserved rows, one of which it is
+            raise CheckpointError(
+                f"{location} has no tokenizer and no mask_token_id; add its tokenizer or give mask_token_id="
+                f" (156895 for Ling 2.0 and LLaDA2)"
+            )
         return _with_row(source, config.vocab_size, {})
     vocabulary = _vocabulary(source)
     size = max(vocabulary.values()) + 1
@@ -127,11 +146,12 @@ def _with_row(source: SourceModel, mask_token_id: int, files: dict[str, str]) ->
 
     def read(name: str) -> Tensor:
         tensor = source.read(name)
-        if name not in (EMBEDDING, OUTPUT):
+        if name not in vocabulary_names(config):
             return tensor
         table = tensor.new_empty(vocab_size, tensor.shape[1])
         table[: len(tensor)] = tensor
-        table[mask_token_id] = tensor[:mask_token_id].double().mean(0).to(tensor.dtype)
+        total = sum(rows.double().sum(0) for rows in tensor[:mask_token_id].split(_ROWS))
+        table[mask_token_id] = total / mask_token_id
         return table
 
     return replace(source, config=config, read=read, tokenizer_files=files)

@@ -1,7 +1,7 @@
 """Sharded tensors on disk as safetensors: no pickle, any layout in, any layout out.
 
-Every rank writes ``tensors/rank_00000.safetensors`` with the shards it owns (Megatron's main replicas) and, beside it,
-``rank_00000.json`` that says where each shard lies in its global tensor::
+Every rank writes one part, ``tensors/part_00000.safetensors``, with the shards it owns (Megatron's main replicas), a
+conversion as many as it likes. Beside it, ``part_00000.json`` says where each shard lies in its global tensor::
 
     {"bytes": 123, "sha256": "...", "tensors": {"key": {"dtype": "float32", "global_shape": [V, H],
      "shards": [{"name": "key@0.0", "offset": [0, 0], "shape": [v, H]}]}}}
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from torch import Tensor
 from llada_mega.errors import CheckpointError
 
 TENSOR_DIRECTORY = "tensors"
+MAX_MAPPED_BYTES = 256 * 2**20
 Snapshot = dict[str, Tensor]
 
 
@@ -84,7 +86,7 @@ def snapshot(state: dict[str, Any]) -> tuple[Snapshot, dict[str, Any]]:
         if not isinstance(value, ShardedTensor) or not is_main_replica(value.replica_id):
             continue
         offset, shape = _offset_and_shape(value)
-        name = f"{value.key}@{'.'.join(map(str, offset))}"
+        name = shard_name(value.key, offset)
         if name in tensors:
             raise CheckpointError(f"two tensors claim {name}")
         assert value.data is not None
@@ -98,11 +100,21 @@ def snapshot(state: dict[str, Any]) -> tuple[Snapshot, dict[str, Any]]:
     return tensors, index
 
 
+def shard_name(key: str, offset: Sequence[int]) -> str:
+    """Name of a shard inside its file: ``key@0.0``."""
+    return f"{key}@{'.'.join(map(str, offset))}"
+
+
+def part_path(directory: Path, part: int) -> Path:
+    """The safetensors file of a part; its index is beside it, with the suffix ``.json``."""
+    return directory / TENSOR_DIRECTORY / f"part_{part:05d}.safetensors"
+
+
 def write(directory: Path, rank: int, tensors: Snapshot, index: dict[str, Any]) -> list[Path]:
     """Write one rank's snapshot; returns the files written. Raises ``OSError`` (disk full, no permission)."""
-    folder = directory / TENSOR_DIRECTORY
-    folder.mkdir(exist_ok=True)  # its parent is made by rank 0, once
-    data_path, index_path = folder / f"rank_{rank:05d}.safetensors", folder / f"rank_{rank:05d}.json"
+    data_path = part_path(directory, rank)
+    index_path = data_path.with_suffix(".json")
+    data_path.parent.mkdir(exist_ok=True)  # its parent is made by rank 0, once
     try:
         save_file(tensors, data_path)
     except SafetensorError as error:  # the Rust writer reports a full disk this way
@@ -122,9 +134,9 @@ def sha256(path: Path) -> str:
 def read_index(directory: Path) -> dict[str, StoredTensor]:
     """All global tensors of a checkpoint, by key. Raises ``CheckpointError`` when an index is missing or damaged."""
     folder = directory / TENSOR_DIRECTORY
-    paths = sorted(folder.glob("rank_*.json"))
+    paths = sorted(folder.glob("part_*.json"))
     if not paths:
-        raise CheckpointError(f"{directory} holds no tensors ({folder}/rank_*.json); is it a checkpoint?")
+        raise CheckpointError(f"{directory} holds no tensors ({folder}/part_*.json); is it a checkpoint?")
     stored: dict[str, StoredTensor] = {}
     for path in paths:
         try:
@@ -142,12 +154,17 @@ def read_index(directory: Path) -> dict[str, StoredTensor]:
 
 
 class ShardReader:
-    """Reads regions of stored tensors, keeping each safetensors file open once."""
+    """Reads regions of stored tensors. Files stay open, and mapped, until some more has been read.
+
+    Pages of a mapped file count as resident once they were read: without an end to that, reading a checkpoint piece by
+    piece would still look like holding it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.index = read_index(directory)
         self._files: dict[Path, Any] = {}
+        self._mapped_bytes = 0
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
@@ -168,6 +185,10 @@ class ShardReader:
         entry = self.index[key]
         out = torch.empty(shape, dtype=getattr(torch, entry.dtype))
         covered = 0
+        self._mapped_bytes += out.nbytes
+        if self._mapped_bytes > MAX_MAPPED_BYTES:
+            self._files.clear()
+            self._mapped_bytes = out.nbytes
         for shard in entry.shards:
             low = [max(a, b) for a, b in zip(offset, shard.offset, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, shard.offset, shard.shape, strict=True)]

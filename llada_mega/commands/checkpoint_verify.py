@@ -15,17 +15,16 @@ from llada_mega.errors import CheckpointError
 class CheckpointVerifyOptions:
     """Keys of ``checkpoint verify``."""
 
-    path: str = MISSING  # checkpoint, or a run (its newest one)
+    path: str = MISSING  # checkpoint, a run (its newest one), or a directory that convert export wrote
 
 
 def run(options: CheckpointVerifyOptions) -> int:
     """Reads every file of the checkpoint. Raises CheckpointError with what is wrong."""
-    from llada_mega.checkpoint.checkpoint import resolve_checkpoint, verify
+    from llada_mega.checkpoint.convert import verify_model
 
-    path = resolve_checkpoint(Path(options.path))
-    problems = verify(path)
+    path, problems = verify_model(Path(options.path))
     if problems:
-        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
     print(f"{path} is complete and every checksum agrees")
     return 0
 

@@ -1,4 +1,4 @@
-"""Hugging Face tensor names and layouts <-> ours, without a model: a pure, exact rearrangement of tensors.
+"""Hugging Face tensor names, shapes and layouts <-> ours, without a model: a pure, exact rearrangement of tensors.
 
 "Ours" are the ``state_dict`` names of a single-process model (see :mod:`llada_mega.models.naming`). Two layouts differ:
 
@@ -7,12 +7,14 @@
   value heads.
 - The gate and up projections are one matrix ``[gate; up]``.
 
-Vocabulary rows are passed through as they are: appending a MASK row, or cutting the padding, is the caller's.
+Vocabulary tables have their real rows here: appending a MASK row is the caller's, padding the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +23,87 @@ from llada_mega.config.model import ModelConfig
 from llada_mega.errors import ConfigError
 
 Read = Callable[[str], Tensor]
+Shape = tuple[int, ...]
 DENSE_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-MOE_ARCHITECTURES = ("llada2_moe",)
+MOE_ARCHITECTURES = ("llada2_moe", "qwen3_moe")
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A Hugging Face tensor, and where its rows are in ours (of a QKV matrix: in ours without interleaving)."""
+
+    name: str
+    shape: Shape
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """One of our tensors and the Hugging Face tensors whose rows it stacks."""
+
+    name: str
+    parts: tuple[HfTensor, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """Rows of all parts; the vocabulary without padding."""
+        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
+
+    @property
+    def is_interleaved(self) -> bool:
+        """True for query, key and value, whose rows stand in another order here."""
+        return ".linear_qkv." in self.name
+
+
+def model_tensors(config: ModelConfig) -> Iterator[ModelTensor]:
+    """All tensors of a model, in the order of its layers.
+
+    Raises:
+        ConfigError: the architecture is unknown or contradicts the shape.
+    """
+    if config.architecture not in DENSE_ARCHITECTURES + MOE_ARCHITECTURES:
+        known = ", ".join(DENSE_ARCHITECTURES + MOE_ARCHITECTURES)
+        raise ConfigError(f"model.architecture={config.architecture} has no Hugging Face form; use one of {known}")
+    if config.is_moe and config.architecture not in MOE_ARCHITECTURES:
+        raise ConfigError(
+            f"model.architecture={config.architecture} is dense but model.moe.num_experts={config.moe.num_experts}; "
+            f"use model.architecture=llada2_moe"
+        )
+    attention = _ling_attention if config.architecture == "llada2_moe" else _attention
+    hidden, (embedding, output) = config.hidden_size, vocabulary_names(config)
+    yield _tensor("embedding.word_embeddings.weight", (hidden,), (embedding, config.vocab_size))
+    for layer in range(config.num_layers):
+        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        yield _tensor(f"{ours}.input_layernorm.weight", (), (f"{theirs}.input_layernorm.weight", hidden))
+        yield from attention(config, ours, theirs)
+        yield _tensor(f"{ours}.pre_mlp_layernorm.weight", (), (f"{theirs}.post_attention_layernorm.weight", hidden))
+        if config.is_moe_layer(layer):
+            yield from _experts(config, f"{ours}.mlp", f"{theirs}.mlp")
+        else:
+            yield from _mlp(f"{ours}.mlp", f"{theirs}.mlp", hidden, config.ffn_hidden_size)
+    yield _tensor("decoder.final_layernorm.weight", (), ("model.norm.weight", hidden))
+    if not config.tie_embeddings:
+        yield _tensor("output_layer.weight", (hidden,), (output, config.vocab_size))
+
+
+def to_local(config: ModelConfig, tensor: ModelTensor, parts: Sequence[Tensor]) -> Tensor:
+    """Our tensor from its Hugging Face parts."""
+    whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    return whole[_row_order(config)] if tensor.is_interleaved else whole
+
+
+def to_hf(config: ModelConfig, tensor: ModelTensor, part: HfTensor, read_rows: Callable[[int, int], Tensor]) -> Tensor:
+    """A Hugging Face tensor from ours: the exact inverse of :func:`to_local`.
+
+    Args:
+        read_rows: rows [start, stop) of our tensor.
+    """
+    start, stop = part.first_row, part.first_row + part.shape[0]
+    if not tensor.is_interleaved:
+        return read_rows(start, stop)
+    return read_rows(0, tensor.shape[0])[torch.argsort(_row_order(config))[start:stop]]
 
 
 def hf_to_local(config: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
@@ -35,12 +116,8 @@ def hf_to_local(config: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]
     Raises:
         ConfigError: the architecture is unknown or contradicts the shape.
     """
-    for local_name, hf_names in _table(config):
-        parts = [read(name) for name in hf_names]
-        if ".linear_qkv." in local_name:
-            yield local_name, _interleave(config, torch.cat(parts))
-        else:
-            yield local_name, torch.cat(parts) if len(parts) > 1 else parts[0]
+    for tensor in model_tensors(config):
+        yield tensor.name, to_local(config, tensor, [read(part.name) for part in tensor.parts])
 
 
 def local_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -49,98 +126,102 @@ def local_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tu
     Raises:
         ConfigError: the architecture is unknown or contradicts the shape.
     """
-    for local_name, hf_names in _table(config):
-        tensor = state[local_name]
-        if ".linear_qkv." in local_name:
-            tensor = _deinterleave(config, tensor)
-            if len(hf_names) == 3:
-                heads, groups, dim = config.num_attention_heads, config.num_query_groups, config.head_dim
-                sizes = [heads * dim, groups * dim, groups * dim]
-                yield from ((name, part.clone()) for name, part in zip(hf_names, tensor.split(sizes), strict=True))
-                continue
-        if len(hf_names) > 1:
-            yield from ((name, part.clone()) for name, part in zip(hf_names, tensor.chunk(2), strict=True))
-        else:
-            yield hf_names[0], tensor
+    for tensor in model_tensors(config):
+        whole = state[tensor.name]
+        for part in tensor.parts:
+            yield part.name, to_hf(config, tensor, part, lambda start, stop, whole=whole: whole[start:stop]).clone()  # type: ignore[misc]
 
 
 def local_names(config: ModelConfig) -> list[str]:
-    """All our tensor names of a model, in the order that :func:`hf_to_local` yields them.
+    """Our names of all tensors, in the order that :func:`hf_to_local` yields them."""
+    return [tensor.name for tensor in model_tensors(config)]
 
-    Raises:
-        ConfigError: the architecture is unknown or contradicts the shape.
+
+def vocabulary_names(config: ModelConfig) -> tuple[str, str]:
+    """Hugging Face names of the embedding and the output table."""
+    is_ling = config.architecture == "llada2_moe"
+    return "model.word_embeddings.weight" if is_ling else "model.embed_tokens.weight", "lm_head.weight"
+
+
+def hf_shapes(config: ModelConfig, *, stacked_experts: bool = False) -> dict[str, Shape]:
+    """Name and shape of every Hugging Face tensor, in the order of the layers; experts apart or stacked."""
+    shapes: dict[str, Shape] = {}
+    for tensor in model_tensors(config):
+        for part in tensor.parts:
+            stacked = stacked_expert(part.name) if stacked_experts else None
+            if stacked is None:
+                shapes[part.name] = part.shape
+            else:
+                shapes[stacked[0]] = (config.moe.num_experts, *part.shape)
+    return shapes
+
+
+def stacked_expert(name: str) -> tuple[str, int] | None:
+    """Where an expert's matrix is in a checkpoint with stacked experts: a tensor ``[E, rows, columns]``, and the index.
+
+    ``model.layers.1.mlp.experts.7.up_proj.weight`` -> ``model.layers.1.mlp.experts.up_proj``, 7: the form that
+    published fine-tuning code for LLaDA2 reads. None for everything that is no routed expert.
     """
-    return [name for name, _ in _table(config)]
+    match = _EXPERT.fullmatch(name)
+    return (f"{match[1]}.{match[3]}", int(match[2])) if match else None
 
 
-def hf_names(config: ModelConfig) -> list[str]:
-    """All Hugging Face tensor names of a model.
-
-    Raises:
-        ConfigError: the architecture is unknown or contradicts the shape.
-    """
-    return [name for _, names in _table(config) for name in names]
-
-
-def _table(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(our name, the Hugging Face names whose rows it stacks) of every tensor."""
-    if config.architecture not in DENSE_ARCHITECTURES + MOE_ARCHITECTURES:
-        known = ", ".join(DENSE_ARCHITECTURES + MOE_ARCHITECTURES)
-        raise ConfigError(f"model.architecture={config.architecture} has no Hugging Face form; use one of {known}")
-    is_ling = config.architecture in MOE_ARCHITECTURES
-    if config.is_moe and not is_ling:
-        raise ConfigError(
-            f"model.architecture={config.architecture} is dense but model.moe.num_experts={config.moe.num_experts}; "
-            f"use model.architecture=llada2_moe"
-        )
-    embedding = "model.word_embeddings.weight" if is_ling else "model.embed_tokens.weight"
-    yield "embedding.word_embeddings.weight", (embedding,)
-    for layer in range(config.num_layers):
-        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        yield f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",)
-        yield from _ling_attention(config, ours, theirs) if is_ling else _dense_attention(config, ours, theirs)
-        yield f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",)
-        if config.is_moe_layer(layer):
-            yield from _experts(config, f"{ours}.mlp", f"{theirs}.mlp")
-        else:
-            yield from _mlp(f"{ours}.mlp", f"{theirs}.mlp")
-    yield "decoder.final_layernorm.weight", ("model.norm.weight",)
-    if not config.tie_embeddings:
-        yield "output_layer.weight", ("lm_head.weight",)
+def _tensor(name: str, columns: Shape, *parts: tuple[str, int]) -> ModelTensor:
+    """``parts``: Hugging Face names and their rows, of ``columns`` each."""
+    first_rows = [sum(rows for _, rows in parts[:index]) for index in range(len(parts))]
+    return ModelTensor(
+        name,
+        tuple(HfTensor(part, (rows, *columns), first) for (part, rows), first in zip(parts, first_rows, strict=True)),
+    )
 
 
-def _dense_attention(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _head_rows(config: ModelConfig) -> tuple[int, int]:
+    """Rows of all queries, and of all keys or all values."""
+    return config.num_attention_heads * config.head_dim, config.num_query_groups * config.head_dim
+
+
+def _attention(config: ModelConfig, ours: str, theirs: str) -> Iterator[ModelTensor]:
     ours, theirs = f"{ours}.self_attention", f"{theirs}.self_attn"
+    query, key = _head_rows(config)
     for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-        yield f"{ours}.linear_qkv.{kind}", tuple(f"{theirs}.{letter}_proj.{kind}" for letter in "qkv")
+        rows = {"q": query, "k": key, "v": key}
+        parts = [(f"{theirs}.{letter}_proj.{kind}", count) for letter, count in rows.items()]
+        yield _tensor(f"{ours}.linear_qkv.{kind}", (config.hidden_size,) if kind == "weight" else (), *parts)
     if config.qk_norm:
-        yield f"{ours}.q_layernorm.weight", (f"{theirs}.q_norm.weight",)
-        yield f"{ours}.k_layernorm.weight", (f"{theirs}.k_norm.weight",)
-    yield f"{ours}.linear_proj.weight", (f"{theirs}.o_proj.weight",)
+        yield _tensor(f"{ours}.q_layernorm.weight", (), (f"{theirs}.q_norm.weight", config.head_dim))
+        yield _tensor(f"{ours}.k_layernorm.weight", (), (f"{theirs}.k_norm.weight", config.head_dim))
+    yield _tensor(f"{ours}.linear_proj.weight", (query,), (f"{theirs}.o_proj.weight", config.hidden_size))
 
 
-def _ling_attention(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _ling_attention(config: ModelConfig, ours: str, theirs: str) -> Iterator[ModelTensor]:
     ours, theirs = f"{ours}.self_attention", f"{theirs}.attention"
+    query, key = _head_rows(config)
     for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-        yield f"{ours}.linear_qkv.{kind}", (f"{theirs}.query_key_value.{kind}",)
+        part = (f"{theirs}.query_key_value.{kind}", query + 2 * key)
+        yield _tensor(f"{ours}.linear_qkv.{kind}", (config.hidden_size,) if kind == "weight" else (), part)
     if config.qk_norm:
-        yield f"{ours}.q_layernorm.weight", (f"{theirs}.query_layernorm.weight",)
-        yield f"{ours}.k_layernorm.weight", (f"{theirs}.key_layernorm.weight",)
-    yield f"{ours}.linear_proj.weight", (f"{theirs}.dense.weight",)
+        yield _tensor(f"{ours}.q_layernorm.weight", (), (f"{theirs}.query_layernorm.weight", config.head_dim))
+        yield _tensor(f"{ours}.k_layernorm.weight", (), (f"{theirs}.key_layernorm.weight", config.head_dim))
+    yield _tensor(f"{ours}.linear_proj.weight", (query,), (f"{theirs}.dense.weight", config.hidden_size))
 
 
-def _mlp(ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield f"{ours}.linear_fc1.weight", (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
-    yield f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",)
+def _mlp(ours: str, theirs: str, hidden: int, ffn: int) -> Iterator[ModelTensor]:
+    gate_up = [(f"{theirs}.gate_proj.weight", ffn), (f"{theirs}.up_proj.weight", ffn)]
+    yield _tensor(f"{ours}.linear_fc1.weight", (hidden,), *gate_up)
+    yield _tensor(f"{ours}.linear_fc2.weight", (ffn,), (f"{theirs}.down_proj.weight", hidden))
 
 
-def _experts(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield f"{ours}.router.weight", (f"{theirs}.gate.weight",)
-    yield f"{ours}.router.expert_bias", (f"{theirs}.gate.expert_bias",)
-    for expert in range(config.moe.num_experts):
-        yield from _mlp(f"{ours}.experts.local_experts.{expert}", f"{theirs}.experts.{expert}")
-    if config.moe.shared_expert_ffn_hidden_size:
-        yield from _mlp(f"{ours}.shared_experts", f"{theirs}.shared_experts")
+def _experts(config: ModelConfig, ours: str, theirs: str) -> Iterator[ModelTensor]:
+    moe, hidden = config.moe, config.hidden_size
+    yield _tensor(f"{ours}.router.weight", (hidden,), (f"{theirs}.gate.weight", moe.num_experts))
+    if moe.score_function == "sigmoid":
+        yield _tensor(f"{ours}.router.expert_bias", (), (f"{theirs}.gate.expert_bias", moe.num_experts))
+    for expert in range(moe.num_experts):
+        local, remote = f"{ours}.experts.local_experts.{expert}", f"{theirs}.experts.{expert}"
+        yield from _mlp(local, remote, hidden, moe.expert_ffn_hidden_size)
+    if moe.shared_expert_ffn_hidden_size:
+        shared = moe.shared_expert_ffn_hidden_size
+        yield from _mlp(f"{ours}.shared_experts", f"{theirs}.shared_experts", hidden, shared)
 
 
 def _row_order(config: ModelConfig) -> Tensor:
@@ -155,11 +236,3 @@ def _row_order(config: ModelConfig) -> Tensor:
         dim=1,
     ).flatten()
     return (head[:, None] * dim + torch.arange(dim)).flatten()
-
-
-def _interleave(config: ModelConfig, stacked: Tensor) -> Tensor:
-    return stacked[_row_order(config).to(stacked.device)]
-
-
-def _deinterleave(config: ModelConfig, interleaved: Tensor) -> Tensor:
-    return interleaved[torch.argsort(_row_order(config)).to(interleaved.device)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from llada_mega.config.model import ModelConfig
 from llada_mega.models.layer_spec import ATTENTION_NORM, DENSE_NORM, layer_offset
 from llada_mega.models.model import BlockDiffusionModel
 
@@ -42,6 +43,27 @@ def global_names(model: BlockDiffusionModel) -> dict[str, str]:
         return _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name)
 
     return {name: whole(name) for name in model.state_dict() if not name.endswith("_extra_state")}
+
+
+def checkpoint_key(config: ModelConfig, name: str) -> tuple[str, int | None]:
+    """The key of a whole tensor in a checkpoint: the name that TransformerEngine's layer spec gives it.
+
+    All experts of a layer share a key, with an axis for the expert in front.
+
+    Args:
+        name: in the whole model, as :func:`global_names` gives it.
+    Returns:
+        the key, and the index on the expert axis (None when the tensor has no such axis).
+    """
+    expert = _EXPERT.search(name)
+    if expert is not None:
+        return _EXPERT.sub(".experts.", name), int(expert[2])
+    layer = _LAYER.match(name)
+    if layer is not None:
+        fused = (ATTENTION_NORM,) if config.is_moe_layer(int(layer[2])) else (ATTENTION_NORM, DENSE_NORM)
+        for separate, together in fused:
+            name = name.replace(separate, together)
+    return name, None
 
 
 def local_slice(model: BlockDiffusionModel, name: str, parameter: Tensor, whole: Tensor) -> Tensor:

@@ -107,9 +107,8 @@ def main(config: Config, console: Console | None = None) -> int:
     quickstart.heading("Export")
     exported = None
     if not config.model.is_moe:  # the published MoE format comes with the Ling importer
-        exported = export_model(
-            checkpoint, quickstart.run_dir / "hf", block_size=config.curriculum.stages[-1].block_size, overwrite=True
-        )
+        exported = quickstart.run_dir / "hf"
+        export_model(checkpoint, exported, block_size=config.curriculum.stages[-1].block_size, overwrite=True)
     summary = write_summary(quickstart, before, after, checkpoint, exported, train_seconds, time.perf_counter() - began)
     write_report(quickstart.run_dir)
     say_goodbye(quickstart, summary)

@@ -9,23 +9,33 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llada_mega.checkpoint.hf import export_hf, import_hf, parse_size
+from llada_mega.checkpoint.directory import NewDirectory
+from llada_mega.checkpoint.hf import import_hf, parse_size, plan_weights, seal_hf
+from llada_mega.checkpoint.hf_config import render_config
 from llada_mega.checkpoint.source import SourceModel
+from llada_mega.checkpoint.streaming import write_files
 from llada_mega.errors import CheckpointError
+from llada_mega.parallel.workers import ALONE
 from tests.checkpoint.tiny import FAMILIES, edit_json, save_model
 
 transformers = pytest.importorskip("transformers")
 
 
-def export(source: SourceModel, directory: Path, **options: object) -> None:
-    export_hf(
-        directory,
+def export(source: SourceModel, directory: Path, *, max_shard_size: int | str = "5GB", block_size: int = 8) -> None:
+    """A Hugging Face directory with the tensors of another one."""
+    new = NewDirectory(directory)
+    new.start()
+    files = plan_weights(
+        new.partial,
         source.config,
-        source.state().items(),
+        lambda name: iter([source.read(name)]),
         dtype=source.dtype,
-        tokenizer_files=source.tokenizer_files,
-        **options,  # type: ignore[arg-type]
+        max_shard_size=parse_size(max_shard_size),
+        stacked_experts=False,
     )
+    write_files(files, ALONE)
+    content = render_config(source.config, source.dtype, block_size)
+    seal_hf(new, files, source.config, content, {}, source.tokenizer_files)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,7 +50,7 @@ def test_import_and_export_are_bit_for_bit(
     assert source.dtype == dtype
     for name, tensor in source.state().items():
         assert torch.equal(tensor, theirs.state_dict()[name]), name
-    export(source, tmp_path / "out", block_size=8, max_shard_size=max_shard_size)
+    export(source, tmp_path / "out", max_shard_size=max_shard_size)
     assert (tmp_path / "out/model.safetensors").exists() == (max_shard_size == "5GB")
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True
@@ -181,26 +191,3 @@ def test_untied_output_in_a_tied_model(whole: Path) -> None:
     assert import_hf(whole).config.tie_embeddings
     rewrite(whole, lm_head__weight=embedding + 1)
     refused(whole, "tie_word_embeddings=true contradicts lm_head.weight")
-
-
-def test_output_in_use(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not empty"):
-        export(import_hf(whole), whole)
-    (tmp_path / "empty").mkdir()
-    export(import_hf(whole), tmp_path / "empty")
-    assert import_hf(tmp_path / "empty").config == import_hf(whole).config
-
-
-def test_unwritable_output(whole: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write"):
-        export(import_hf(whole), tmp_path / "file" / "out")
-
-
-def test_an_incomplete_state_is_not_exported(whole: Path, tmp_path: Path) -> None:
-    source = import_hf(whole)
-    state = source.state()
-    del state["model.norm.weight"]
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
-        export_hf(tmp_path / "out", source.config, state.items(), dtype=torch.float32)
-    assert not list(tmp_path.glob("*out*"))

@@ -10,9 +10,9 @@ import tokenizers
 import torch
 
 from llada_mega.checkpoint.convert import write_tokenizer
+from llada_mega.checkpoint.gguf import EMBEDDING, OUTPUT
 from llada_mega.checkpoint.hf import import_hf
 from llada_mega.checkpoint.mask_token import MASK_TOKEN, ensure_mask_token
-from llada_mega.checkpoint.source import EMBEDDING, OUTPUT
 from llada_mega.data.tokenizer import load_tokenizer
 from llada_mega.errors import CheckpointError
 from tests.checkpoint.tiny import edit_json, save_model

@@ -42,7 +42,7 @@ def copy_checkpoint(
     """
     import torch.distributed as dist
 
-    from llada_mega.checkpoint.checkpoint import CheckpointWrite
+    from llada_mega.checkpoint.save import CheckpointWrite
     from llada_mega.config.training import OptimizerConfig
     from llada_mega.models import build_model
     from llada_mega.parallel import initialize

@@ -103,14 +103,14 @@ def test_missing_and_mismatched_tensors_are_named(tmp_path: Path) -> None:
 def test_a_missing_rank_is_noticed(tmp_path: Path) -> None:
     states = shards_of(torch.ones(4, 2), 0, 2)
     write_ranks(tmp_path, states)
-    (tmp_path / "tensors" / "rank_00001.json").unlink()
+    (tmp_path / "tensors" / "part_00001.json").unlink()
     with pytest.raises(CheckpointError, match="4 of 8 values"):
         storage.load(tmp_path, {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(4, 2))})
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     write_ranks(tmp_path, shards_of(torch.ones(4, 2), 0, 1))
-    path = tmp_path / "tensors" / "rank_00000.json"
+    path = tmp_path / "tensors" / "part_00000.json"
     path.write_text(path.read_text()[:20])
     with pytest.raises(CheckpointError, match="damaged"):
         storage.read_index(tmp_path)

@@ -111,7 +111,7 @@ def tokenizer_too_large(work: Workplace) -> list[str]:
 
 
 def truncated_initial_checkpoint(work: Workplace) -> list[str]:
-    truncate(work.root / "checkpoint" / "tensors" / "rank_00000.safetensors")
+    truncate(work.root / "checkpoint" / "tensors" / "part_00000.safetensors")
     return work.train("trainer.init=checkpoint")
 
 

@@ -8,7 +8,7 @@ import torch
 from llada_mega.config.model import ModelConfig
 from llada_mega.errors import CheckpointError, ConfigError
 from llada_mega.models import build_model, load_tensors
-from llada_mega.models.hf_mapping import hf_names, hf_to_local, local_names, local_to_hf
+from llada_mega.models.hf_mapping import hf_shapes, hf_to_local, local_names, local_to_hf, model_tensors, stacked_expert
 from tests.models.helpers import dense_config, moe_config, randomize
 
 pytestmark = pytest.mark.latest
@@ -28,17 +28,19 @@ def test_there_and_back_bit_for_bit(config: ModelConfig) -> None:
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
     assert sorted(local_names(config)) == sorted(state)
     theirs = dict(local_to_hf(config, state))
-    assert sorted(theirs) == sorted(hf_names(config))
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == hf_shapes(config)
     back = dict(hf_to_local(config, theirs.__getitem__))
     assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], state[name]) for name in state)
+    for tensor in model_tensors(config):
+        assert back[tensor.name].shape == tensor.shape
+        assert torch.equal(back[tensor.name], state[tensor.name][: tensor.shape[0]])
     again = dict(local_to_hf(config, back))
     assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
 
 def test_ling_names() -> None:
     config = moe_config(num_layers=2)
-    names = set(hf_names(config))
+    names = set(hf_shapes(config))
     assert {
         "model.word_embeddings.weight",
         "model.layers.0.input_layernorm.weight",
@@ -73,6 +75,16 @@ def test_query_key_value_rows_are_interleaved_per_key_value_head() -> None:
 
     ours = dict(hf_to_local(config, read))["decoder.layers.0.self_attention.linear_qkv.weight"]
     assert ours[:, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_stacked_experts() -> None:
+    config = moe_config(num_layers=2)
+    apart, stacked = hf_shapes(config), hf_shapes(config, stacked_experts=True)
+    assert stacked["model.layers.1.mlp.experts.up_proj"] == (16, 24, 48)
+    assert stacked["model.layers.1.mlp.experts.down_proj"] == (16, 48, 24)
+    assert {name for name in apart if stacked_expert(name) is None} == {n for n in stacked if ".mlp.experts." not in n}
+    assert stacked_expert("model.layers.1.mlp.experts.7.up_proj.weight") == ("model.layers.1.mlp.experts.up_proj", 7)
+    assert stacked_expert("model.layers.1.mlp.shared_experts.up_proj.weight") is None
 
 
 def test_contradictions_are_config_errors() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llada_mega.checkpoint.checkpoint import load_model_weights, model_state, save_checkpoint
+from llada_mega.checkpoint.checkpoint import load_model_weights, model_state
+from llada_mega.checkpoint.save import CheckpointWrite
 from llada_mega.config.model import ModelConfig
 from llada_mega.models import BlockDiffusionModel, build_model
 from llada_mega.models.naming import global_names
@@ -99,7 +100,10 @@ def test_checkpoints_interchange(name: str, writer: str, tmp_path: Path) -> None
     with torch.no_grad():
         for index, tensor in enumerate(tensors(source).values()):  # norms and biases away from 1 and 0
             tensor.add_(0.01 * (index + 1))
-    save_checkpoint(tmp_path / "checkpoint", model_config=MODELS[name], sharded_state={"model": model_state([source])})
+    write = CheckpointWrite(tmp_path / "checkpoint")
+    write.start({"model": model_state([source])})
+    write.write()
+    write.finish(MODELS[name], {})
     load_model_weights(tmp_path / "checkpoint", target)
     loaded = tensors(target)
     for key, tensor in tensors(source).items():

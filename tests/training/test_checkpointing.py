@@ -115,7 +115,7 @@ def test_a_killed_write_leaves_nothing_that_looks_complete(
 
     train("run", "trainer.max_steps=2")
     with monkeypatch.context() as patch:
-        patch.setattr("llada_mega.checkpoint.checkpoint.CheckpointWrite.finish", die)
+        patch.setattr("llada_mega.checkpoint.save.CheckpointWrite.finish", die)
         with pytest.raises(KeyboardInterrupt):
             train("run", "checkpoint.every=2")
     assert names(tmp_path / "run") == ["step_00000002"]

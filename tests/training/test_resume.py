@@ -36,14 +36,14 @@ def test_resume_continues_bit_for_bit(train: Train, tmp_path: Path, overrides: t
         assert resumed == expected
     whole_end, parts_end = (list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts"))
     assert read_state(whole_end) == read_state(parts_end)
-    index = Path("tensors") / "rank_00000.json"  # holds the checksum of all weights and optimizer states
+    index = Path("tensors") / "part_00000.json"  # holds the checksum of all weights and optimizer states
     assert (whole_end / index).read_text() == (parts_end / index).read_text()
 
 
 def test_a_damaged_newest_checkpoint_falls_back(train: Train, tmp_path: Path) -> None:
     train("run", "checkpoint.every=2", "checkpoint.keep_last=3", "trainer.max_steps=6")
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    tensors = newest / "tensors" / "rank_00000.safetensors"
+    tensors = newest / "tensors" / "part_00000.safetensors"
     os.truncate(tensors, tensors.stat().st_size // 2)
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step_00000004"
     assert train("run").step == 10

@@ -10,13 +10,8 @@ from typing import Any
 
 import torch
 
-from llada_mega.checkpoint.checkpoint import (
-    CheckpointWrite,
-    list_checkpoints,
-    read_state,
-    remove_checkpoint,
-    step_name,
-)
+from llada_mega.checkpoint.checkpoint import list_checkpoints, read_state, remove_checkpoint, step_name
+from llada_mega.checkpoint.save import CheckpointWrite
 from llada_mega.config.training import CheckpointConfig
 from llada_mega.errors import CheckpointError
 from llada_mega.training.callback import Callback
