@@ -23,23 +23,15 @@ from llada_mega.checkpoint.hf_config import DTYPES, render_config, render_genera
 from llada_mega.checkpoint.mask_token import ensure_mask_token
 from llada_mega.checkpoint.save import seal
 from llada_mega.checkpoint.source import SourceModel
-from llada_mega.checkpoint.streaming import Advance, PlannedFile, PlannedTensor, split_by_size, write_files
+from llada_mega.checkpoint.streaming import Progress, no_progress, write_files
+from llada_mega.checkpoint.weights import WeightReader, plan_parts
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
-from llada_mega.models.hf_mapping import HfTensor, ModelTensor, model_tensors, to_hf, to_local
-from llada_mega.models.naming import checkpoint_key
+from llada_mega.models.hf_mapping import ModelTensor, model_tensors, to_hf, to_local
 from llada_mega.parallel.workers import ALONE, Workers
 
-PART_BYTES = 2**31  # of one file of an imported checkpoint
-PIECE_BYTES = 2**28  # of a tensor that is read piece by piece
 EXPERTS = ("separate", "stacked")
-Progress = Callable[[int], Advance]  # bytes in all -> function that counts bytes done
-
-
-def no_progress(total_bytes: int) -> Advance:
-    """Shows nothing."""
-    return lambda count: None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -102,7 +94,7 @@ def import_model(
             write_tokenizer(opened, new.partial / checkpoints.TOKENIZER_DIRECTORY)
         (new.partial / storage.TENSOR_DIRECTORY).mkdir(exist_ok=True)
     workers.barrier()
-    parts = _plan_parts(new.partial, opened, stored_dtype)
+    parts = plan_parts(new.partial, opened.config, stored_dtype, partial(_local, opened))
     write_files(parts, workers, progress(sum(part.nbytes for part in parts)))
     if workers.is_first:
         try:
@@ -111,31 +103,6 @@ def import_model(
             raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
     workers.barrier()
     return list(opened.notes)
-
-
-def _plan_parts(directory: Path, source: SourceModel, dtype: torch.dtype) -> list[PlannedFile]:
-    """The tensor files of a checkpoint, with the places of their shards as ``storage.py`` describes them."""
-    places: dict[str, tuple[str, list[int], list[int], list[int]]] = {}
-    tensors = []
-    for tensor in model_tensors(source.config):
-        key, expert = checkpoint_key(source.config, tensor.name)
-        axis = [] if expert is None else [source.config.moe.num_experts]
-        offset = [*([] if expert is None else [expert]), *[0] * len(tensor.shape)]
-        shape = [*([] if expert is None else [1]), *tensor.shape]
-        name = storage.shard_name(key, offset)
-        places[name] = key, [*axis, *tensor.shape], offset, shape
-        stored = torch.float32 if key.endswith("expert_bias") else dtype
-        tensors.append(PlannedTensor(name, stored, tuple(shape), partial(_local, source, tensor)))
-    files = []
-    for index, part in enumerate(split_by_size(tensors, PART_BYTES)):
-        entries: dict[str, dict] = {}
-        for planned in part:
-            key, global_shape, offset, shape = places[planned.name]
-            dtype_name = str(planned.dtype).removeprefix("torch.")
-            entry = entries.setdefault(key, {"dtype": dtype_name, "global_shape": global_shape, "shards": []})
-            entry["shards"].append({"name": planned.name, "offset": offset, "shape": shape})
-        files.append(PlannedFile(storage.part_path(directory, index), part, {"tensors": entries}))
-    return files
 
 
 def _local(source: SourceModel, tensor: ModelTensor) -> Iterator[Tensor]:
@@ -178,8 +145,9 @@ def export_model(
         raise CheckpointError(f"experts={experts} is unknown; use {' or '.join(EXPERTS)}")
     checkpoint = checkpoints.resolve_checkpoint(checkpoint)
     config = checkpoints.read_model_config(checkpoint)
-    reader = _LocalReader(checkpoint, config)
+    reader = WeightReader(checkpoint, config)
     written_dtype, stacked, limit = _dtype(dtype, reader.dtype), experts == "stacked", parse_size(max_shard_size)
+    read = _hf_pieces(reader, config)
     content = render_config(config, written_dtype, block_size, stacked_experts=stacked)
     new = NewDirectory(output)
     if workers.is_first:
@@ -188,7 +156,7 @@ def export_model(
         new.start({"export": str(checkpoint), "marker": marker, "options": options})
     workers.barrier()
     files = plan_weights(
-        new.partial, config, reader.read, dtype=written_dtype, max_shard_size=limit, stacked_experts=stacked
+        new.partial, config, read, dtype=written_dtype, max_shard_size=limit, stacked_experts=stacked
     )
     write_files(files, workers, progress(sum(file.nbytes for file in files)))
     if workers.is_first:
@@ -203,37 +171,18 @@ def export_model(
     ]
 
 
-class _LocalReader:
-    """Hugging Face tensors of a checkpoint, in pieces."""
+def _hf_pieces(reader: WeightReader, config: ModelConfig) -> Callable[[str], Iterator[Tensor]]:
+    """A function from Hugging Face names to the pieces of a tensor."""
+    places = {part.name: (tensor, part) for tensor in model_tensors(config) for part in tensor.parts}
 
-    def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
-        self._config, self._shards = config, storage.ShardReader(checkpoint)
-        self._places: dict[str, tuple[ModelTensor, HfTensor]] = {
-            part.name: (tensor, part) for tensor in model_tensors(config) for part in tensor.parts
-        }
-        self.dtype: torch.dtype = getattr(torch, self._shards.index["embedding.word_embeddings.weight"].dtype)
-
-    def read(self, name: str) -> Iterator[Tensor]:
-        """Pieces that, one after the other along the first axis, are the tensor."""
-        tensor, part = self._places[name]
-        key, expert = checkpoint_key(self._config, tensor.name)
-        lead, width = ((), ()) if expert is None else ((expert,), (1,))
-        columns = tensor.shape[1:]
-
-        def read_rows(start: int, stop: int) -> Tensor:
-            offset, shape = (*lead, start, *[0] * len(columns)), (*width, stop - start, *columns)
-            return self._shards.read(key, offset, shape).reshape(stop - start, *columns)
-
+    def read(name: str) -> Iterator[Tensor]:
+        tensor, part = places[name]
         if tensor.is_interleaved:
-            yield to_hf(self._config, tensor, part, read_rows)
-            return
-        rows = part.shape[0]
-        step = max(1, PIECE_BYTES * rows // max(1, self._nbytes(part)))
-        for start in range(part.first_row, part.first_row + rows, step):
-            yield read_rows(start, min(start + step, part.first_row + rows))
+            yield to_hf(config, tensor, part, partial(reader.rows, tensor))
+        else:
+            yield from reader.pieces(tensor, part.first_row, part.first_row + part.shape[0])
 
-    def _nbytes(self, part: HfTensor) -> int:
-        return torch.Size(part.shape).numel() * self.dtype.itemsize
+    return read
 
 
 def verify_model(path: Path) -> tuple[Path, list[str]]:

@@ -18,6 +18,7 @@ from llada_mega.checkpoint.hf_config import DTYPES, parse_config
 from llada_mega.checkpoint.source import SourceModel, check_shapes
 from llada_mega.checkpoint.storage import MAX_MAPPED_BYTES, sha256
 from llada_mega.checkpoint.streaming import PlannedFile, PlannedTensor, split_by_size
+from llada_mega.checkpoint.weights import stored_dtype
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
@@ -201,7 +202,7 @@ def plan_weights(
     tensors = [
         PlannedTensor(
             name,
-            torch.float32 if name.endswith(EXPERT_BIAS) else dtype,
+            stored_dtype(name, dtype),
             shape,
             partial(_pieces, read, names[name]),
         )

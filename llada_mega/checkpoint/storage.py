@@ -37,6 +37,7 @@ from torch import Tensor
 from llada_mega.errors import CheckpointError
 
 TENSOR_DIRECTORY = "tensors"
+MASTER_PREFIX = "optimizer.state.fp32_param."  # and the key of a weight: the optimizer's float32 copy of it
 MAX_MAPPED_BYTES = 256 * 2**20
 Snapshot = dict[str, Tensor]
 

@@ -26,6 +26,12 @@ from llada_mega.parallel.workers import Workers
 _TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8  # of the first tensor, as the format asks
 Advance = Callable[[int], None]
+Progress = Callable[[int], Advance]  # bytes in all -> function that counts bytes done
+
+
+def no_progress(total_bytes: int) -> Advance:
+    """Shows nothing."""
+    return lambda count: None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 from llada_mega.config.checks import at_least, divides, one_of, require
 from llada_mega.config.layout import check_batches, check_group_sizes, check_layout, check_lengths, data_parallel_size
 from llada_mega.config.model import ModelConfig
+from llada_mega.config.moe import SCORE_FUNCTIONS, check_routing
 from llada_mega.config.schema import Config
 from llada_mega.config.training import ObjectiveConfig, StageConfig
 from llada_mega.errors import ConfigError
@@ -21,6 +22,7 @@ ARCHITECTURES = {
     "qwen2": (False, True),
     "qwen3": (True, False),
     "llada2_moe": (True, False),
+    "qwen3_moe": (True, False),
 }
 ATTENTION_BACKENDS = ("auto", "cpu", "cudnn", "flex", "triton", "reference")
 MAX_SEED = 2**56  # the random number generator's key holds the seed and eight bits of stream
@@ -96,10 +98,10 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_family(model: ModelConfig) -> None:
-    is_moe_family = model.architecture == "llada2_moe"
+    is_moe_family = model.architecture in SCORE_FUNCTIONS
     if model.is_moe != is_moe_family:
         fix = (
-            "set model.architecture=llada2_moe"
+            "set model.architecture=llada2_moe or qwen3_moe"
             if model.is_moe
             else "set model.moe.num_experts, or use llama, qwen2 or qwen3"
         )
@@ -134,6 +136,7 @@ def _check_special_tokens(model: ModelConfig) -> None:
 
 def _check_moe(model: ModelConfig) -> None:
     moe = model.moe
+    check_routing(model)
     at_least(
         1,
         model__moe__top_k=moe.top_k,

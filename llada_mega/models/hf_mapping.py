@@ -69,7 +69,7 @@ def model_tensors(config: ModelConfig) -> Iterator[ModelTensor]:
     if config.is_moe and config.architecture not in MOE_ARCHITECTURES:
         raise ConfigError(
             f"model.architecture={config.architecture} is dense but model.moe.num_experts={config.moe.num_experts}; "
-            f"use model.architecture=llada2_moe"
+            f"use model.architecture=llada2_moe or qwen3_moe"
         )
     attention = _ling_attention if config.architecture == "llada2_moe" else _attention
     hidden, (embedding, output) = config.hidden_size, vocabulary_names(config)

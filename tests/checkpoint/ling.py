@@ -99,13 +99,18 @@ def random_tensors(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) ->
 
 
 def save_ling(
-    directory: Path, dtype: torch.dtype = torch.bfloat16, *, prediction_layers: bool = False, **changes: Any
+    directory: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    prediction_layers: bool = False,
+    seed: int = 0,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     """Write a checkpoint in two shards; returns its tensors (without layers for multi-token prediction)."""
     config = CONFIG | changes
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    tensors = random_tensors(config, dtype)
+    tensors = random_tensors(config, dtype, seed)
     stored = dict(tensors)
     if prediction_layers:
         for name in list(tensors):

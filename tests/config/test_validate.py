@@ -24,7 +24,7 @@ CONTRADICTIONS = [
     # model
     (
         [*VALID, "model.architecture=gpt"],
-        "model.architecture=gpt is not a choice; use llama, qwen2, qwen3 or llada2_moe",
+        "model.architecture=gpt is not a choice; use llama, qwen2, qwen3, llada2_moe or qwen3_moe",
     ),
     ([*VALID, "model.attention_backend=flash"], "model.attention_backend=flash is not a choice; use auto, "),
     ([*VALID, "model.implementation=jax"], "model.implementation=jax is not a choice; use auto, local or te"),
@@ -46,6 +46,7 @@ CONTRADICTIONS = [
     ([*VALID, "model.eos_token_id=-1"], "model.eos_token_id=-1 is outside the vocabulary"),
     ([*VALID, "model.pad_token_id=256"], "model.mask_token_id=256 is also model.pad_token_id"),
     # mixture of experts
+    ([*MOE, "model.moe.score_function=softmax"], "score_function=softmax does not fit model.architecture=llada2_moe"),
     ([*MOE, "model.moe.num_groups=3"], "model.moe.num_groups=3 does not divide model.moe.num_experts=16"),
     ([*MOE, "model.moe.group_top_k=5"], "model.moe.group_top_k=5 exceeds model.moe.num_groups=4"),
     ([*MOE, "model.moe.top_k=9"], "model.moe.top_k=9 exceeds the experts of 2 groups of 4"),
