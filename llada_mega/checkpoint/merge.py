@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -133,7 +133,7 @@ def merge_checkpoints(
     output: Path,
     *,
     weights: str | Sequence[float] = "uniform",
-    origin: dict[str, object] | None = None,
+    origin: Mapping[str, object] | None = None,
     overwrite: bool = False,
     workers: Workers = ALONE,
     progress: Progress = no_progress,
@@ -177,7 +177,7 @@ def merge_checkpoints(
     write_files(parts, workers, progress(sum(part.nbytes for part in parts)))
     if workers.is_first:
         try:
-            seal(new, config, {"merged": merged | (origin or {})}, len(parts))
+            seal(new, config, {"merged": merged | dict(origin or {})}, len(parts))
         except OSError as error:
             raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
     workers.barrier()

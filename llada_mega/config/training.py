@@ -134,6 +134,7 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_best: int = 0
     best_metric: str = "valid/block_32/nll_bound"
+    merge_at_end: int = 0  # average so many of the best checkpoints of the last stage into RUN/merged
     async_save: bool = False
     resume: str = "auto"  # auto | never | path of a checkpoint
 

@@ -339,7 +339,13 @@ def _check_checkpoint(config: Config) -> None:
     checkpoint = config.checkpoint
     at_least(0, checkpoint__every=checkpoint.every, checkpoint__keep_best=checkpoint.keep_best)
     at_least(1, checkpoint__keep_last=checkpoint.keep_last)
+    at_least(0, checkpoint__merge_at_end=checkpoint.merge_at_end)
     require(bool(checkpoint.resume), "checkpoint.resume is empty; use auto, never or the path of a checkpoint")
+    require(
+        checkpoint.merge_at_end <= checkpoint.keep_best,
+        f"checkpoint.merge_at_end={checkpoint.merge_at_end} needs as many of the best checkpoints, but "
+        f"checkpoint.keep_best={checkpoint.keep_best}; set checkpoint.keep_best={checkpoint.merge_at_end}",
+    )
     if checkpoint.keep_best == 0:
         return
     require(

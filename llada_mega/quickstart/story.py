@@ -105,10 +105,8 @@ def main(config: Config, console: Console | None = None) -> int:
     generate(quickstart, model)
 
     quickstart.heading("Export")
-    exported = None
-    if not config.model.is_moe:  # the published MoE format comes with the Ling importer
-        exported = quickstart.run_dir / "hf"
-        export_model(checkpoint, exported, block_size=config.curriculum.stages[-1].block_size, overwrite=True)
+    exported = quickstart.run_dir / "hf"
+    export_model(checkpoint, exported, block_size=config.curriculum.stages[-1].block_size, overwrite=True)
     summary = write_summary(quickstart, before, after, checkpoint, exported, train_seconds, time.perf_counter() - began)
     write_report(quickstart.run_dir)
     say_goodbye(quickstart, summary)
@@ -233,7 +231,7 @@ def write_summary(
     before: dict[str, Any],
     after: dict[str, Any],
     checkpoint: Path,
-    exported: Path | None,
+    exported: Path,
     train_seconds: float,
     total_seconds: float,
 ) -> dict[str, Any]:
@@ -253,7 +251,7 @@ def write_summary(
             "run": str(run_dir.resolve()),
             "report": str((run_dir / "report.html").resolve()),
             "checkpoint": str(checkpoint.resolve()),
-            "hf": str(exported.resolve()) if exported is not None else None,
+            "hf": str(exported.resolve()),
         },
     }
     (run_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
@@ -270,8 +268,8 @@ def say_goodbye(quickstart: Quickstart, summary: dict[str, Any]) -> None:
     print_(f"{minutes:.1f} minutes, {training:.0f} s of them training; {memory:.1f} GiB of memory at most")
     print_(f"report      {paths['report']}")
     print_(f"checkpoint  {paths['checkpoint']}")
-    if paths["hf"]:
-        print_(f"exported    {paths['hf']}  (transformers loads it)")
+    reader = "the published form of LLaDA2" if quickstart.config.model.is_moe else "transformers loads it"
+    print_(f"exported    {paths['hf']}  ({reader})")
     program = sys.argv[0] if Path(sys.argv[0]).name == "llada-mega" else "python -m llada_mega"
     print_("\nnext:")
     print_(f'  {program} generate checkpoint={run_dir} prompt="A list comprehension" block_size=8 show_steps=true')

@@ -28,6 +28,7 @@ from llada_mega.parallel.capabilities import Software, choose_software
 from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.checkpointing import CheckpointCallback
 from llada_mega.training.callbacks.consistency import ConsistencyCallback
+from llada_mega.training.callbacks.merging import MergeCallback
 from llada_mega.training.callbacks.metrics import MetricsCallback
 from llada_mega.training.callbacks.progress import ProgressCallback
 from llada_mega.training.callbacks.sinks import JsonlSink, TensorBoardSink, WandbSink
@@ -190,6 +191,8 @@ def build_callbacks(
     if config.trainer.validation.every:
         callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples, config.seed))
     callbacks.append(CheckpointCallback(run_dir, config.checkpoint, tokenizer_source(config)))
+    if config.checkpoint.merge_at_end:
+        callbacks.append(MergeCallback(run_dir, config.checkpoint))
     callbacks.append(JsonlSink(run_dir))
     if writes_files and config.logging.progress:
         callbacks.append(ProgressCallback(console))

@@ -158,6 +158,10 @@ CONTRADICTIONS = [
         "checkpoint.best_metric=loss is not a choice; use valid/block_32/ce_masked, ",
     ),
     ([*VALID, "checkpoint.keep_last=0"], "checkpoint.keep_last=0 is too small"),
+    (
+        [*VALID, "checkpoint.keep_best=1", "checkpoint.merge_at_end=2"],
+        "checkpoint.merge_at_end=2 needs as many of the best checkpoints, but checkpoint.keep_best=1; set",
+    ),
     ([*VALID, "checkpoint.resume="], "checkpoint.resume is empty"),
     ([*VALID, "logging.wandb_mode=cloud"], "logging.wandb_mode=cloud is not a choice; use offline or online"),
 ]

@@ -122,6 +122,8 @@ def _power_cut(*arguments: object) -> None:
 def test_a_mixture_of_experts_trains_from_scratch(tell, tmp_path: Path) -> None:
     printed = tell("quickstart_moe", *TINY_MOE)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["paths"]["hf"] is None and "exported" not in printed
+    exported = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
+    assert exported["model_type"] == "llada2_moe" and "the published form of LLaDA2" in " ".join(printed.split())
+    assert llada_mega.load_model(summary["paths"]["hf"]).config == llada_mega.load_model(tmp_path / "run").config
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["expert_load_max_over_mean"] >= 1 for row in rows if "loss" in row)

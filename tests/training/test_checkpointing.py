@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.checkpoint import (
@@ -15,6 +16,7 @@ from llada_mega.checkpoint.checkpoint import (
     resolve_checkpoint,
     verify,
 )
+from llada_mega.checkpoint.storage import ShardReader
 from llada_mega.errors import CheckpointError, TrainingError
 from tests.training.conftest import Train
 from tests.training.rows import read_rows
@@ -69,6 +71,34 @@ def test_of_an_accuracy_the_largest_is_kept(train: Train, tmp_path: Path) -> Non
     assert len(set(scores.values())) > 1
     kept = [int(name.removeprefix("step_")) for name in names(tmp_path / "run")]
     assert max(scores[step] for step in kept) == max(scores.values())
+
+
+def test_the_best_are_averaged_at_the_end(train: Train, tmp_path: Path) -> None:
+    """Of the last stage only, from the float32 weights of a bfloat16 run, and once."""
+    metric = "valid/block_4/ce_masked"
+    options = (
+        "checkpoint.every=1",
+        "checkpoint.keep_best=8",
+        "checkpoint.merge_at_end=2",
+        f"checkpoint.best_metric={metric}",
+        "trainer.validation.every=1",
+        "trainer.validation.windows=8",
+        "trainer.validation.block_sizes=[4]",
+        "trainer.dtype=bfloat16",
+    )
+    train("run", *options)
+    scores = {step: row[metric] for step, row in read_rows(tmp_path / "run", metric).items()}
+    steps = sorted(sorted(range(6, 11), key=lambda step: scores[step])[:2])
+    merged = tmp_path / "run" / "merged"
+    origin = read_state(merged)["merged"]
+    assert origin["steps"] == steps and origin["float32"] and verify(merged) == []
+    readers = [ShardReader(tmp_path / "run" / "checkpoints" / f"step_{step:08d}") for step in steps]
+    key = "decoder.layers.0.mlp.linear_fc2.weight"
+    parents = [reader.read_whole(f"optimizer.state.fp32_param.{key}").double() for reader in readers]
+    assert torch.equal(ShardReader(merged).read_whole(key), (sum(parents) / 2).bfloat16())
+    before = (merged / "COMPLETE").stat().st_mtime_ns
+    train("run", *options)
+    assert (merged / "COMPLETE").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
