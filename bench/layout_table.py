@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
@@ -50,14 +51,14 @@ LAYOUTS = (
     Layout("DP2, distributed optimizer", 2, ("distributed_optimizer=true",)),
     Layout("TP2 + SP", 2, SEQUENCE),
     Layout("PP2", 2, ("pp=2",)),
-    Layout("PP2 × VP2", 2, ("pp=2", "vp=2")),
+    Layout("PP2 x VP2", 2, ("pp=2", "vp=2")),
     Layout("CP2", 2, ("cp=2",)),
     Layout("CP2, full recomputation", 2, ("cp=2", "recompute=full")),
     Layout("EP2, all-to-all", 2, ("ep=2",)),
     Layout("EP2, all-gather", 2, ("ep=2", "dispatcher=allgather"), ("data.clean_tokens=all",)),
-    Layout("TP2 × PP2", 4, (*SEQUENCE, "pp=2")),
-    Layout("CP2 × EP2", 2, ("cp=2", "ep=2")),
-    Layout("TP2 × PP2 × EP2", 8, (*SEQUENCE, "pp=2", "ep=2")),
+    Layout("TP2 x PP2", 4, (*SEQUENCE, "pp=2")),
+    Layout("CP2 x EP2", 2, ("cp=2", "ep=2")),
+    Layout("TP2 x PP2 x EP2", 8, (*SEQUENCE, "pp=2", "ep=2")),
 )
 
 
@@ -133,6 +134,4 @@ def cpu_model() -> str:
 
 def cpu_count() -> int:
     """Cores that this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from llada_kernels.partition import TILE
 
 from bench.formula import MicroBatch, Rank, bytes_of_step
 from bench.traffic import TrafficCounter
 from llada_mega.config.compose import compose
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
-from llada_mega.data.batch import Batch
+from llada_mega.data.batch import Batch, round_up
 from llada_mega.data.context import shard_batch
 from llada_mega.models.router import routers
 from llada_mega.parallel import ParallelGroups, destroy, initialize
@@ -103,11 +104,11 @@ def peak_mib() -> float:
 
 
 def describe(batch: Batch, step: TrainStep) -> MicroBatch:
-    """Shapes of this rank's part of a micro-batch."""
+    """Shapes of this rank's part of a micro-batch. Of its keys the clean ones are sent, in whole tiles."""
     context = step.groups.cp
     part = shard_batch(batch, context.rank(), context.size(), work_tile=step.work_tile)
-    sent = part.key_exchange.num_sent if part.key_exchange is not None else 0
-    return MicroBatch(part.input_ids_S.numel(), part.logit_rows_R.numel(), sent)
+    clean = (batch.input_ids_S.numel() - batch.num_noisy) // context.size()
+    return MicroBatch(part.input_ids_S.numel(), part.logit_rows_R.numel(), round_up(clean, TILE))
 
 
 def describe_rank(step: TrainStep, groups: ParallelGroups, routes_leaving: int) -> Rank:

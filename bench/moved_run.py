@@ -1,7 +1,8 @@
-"""One training run that changes its parallel layout three times, and the same run left alone.
+"""One training run that changes its parallel layout three times, the same run left alone, and a control.
 
-Both are `llada-mega train` as a user would type it: a leg ends at ``trainer.max_steps``, the next one is the same
-command with another layout, which resumes from the newest checkpoint.
+All are `llada-mega train` as a user would type it: a leg ends at ``trainer.max_steps``, the next one is the same
+command with another layout, which resumes from the newest checkpoint. The control is the run on one process with two
+samples a micro-batch: the same numbers added in another order, so its distance is what rounding alone does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.corpus import prepare_corpus
 
@@ -24,22 +26,26 @@ class Leg:
 
     label: str
     nproc: int
-    parallel: tuple[str, ...]
+    settings: tuple[str, ...]
     last_step: int
 
     def overrides(self) -> list[str]:
         """What is added to the command line of the run."""
-        layout = [f"parallel.{setting}" for setting in self.parallel]
-        return [f"launch.nproc={self.nproc}", *layout, f"trainer.max_steps={self.last_step}"]
+        return [f"launch.nproc={self.nproc}", *self.settings, f"trainer.max_steps={self.last_step}"]
 
 
 LEGS = (
     Leg("1 process", 1, (), 20),
-    Leg("TP2 × PP2", 4, ("tp=2", "sp=true", "pp=2"), 40),
-    Leg("CP2 × EP2", 2, ("cp=2", "ep=2"), 60),
+    Leg("TP2 x PP2", 4, ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2"), 40),
+    Leg("CP2 x EP2", 2, ("parallel.cp=2", "parallel.ep=2"), 60),
     Leg("1 process", 1, (), 80),
 )
-ALONE = Leg("1 process", 1, (), LEGS[-1].last_step)
+STEPS = LEGS[-1].last_step
+RUNS = {
+    "moved": LEGS,
+    "alone": (Leg("1 process", 1, (), STEPS),),
+    "control": (Leg("1 process", 1, ("trainer.micro_batch_size=2",), STEPS),),
+}
 # name, block size, steps, more: warm-up over the block size, stable without blocks, decay to the smallest.
 STAGES = (
     ("warmup_4", 4, 12, ", lr: {start: 0.0, warmup_tokens: 6144}, embedding_noise: {decay_tokens: 6144}"),
@@ -70,17 +76,17 @@ def command(directory: Path, name: str, corpus: tuple[str, ...], leg: Leg) -> li
     ]
 
 
-def train_both(directory: Path, say: Callable[[str], None] = print) -> tuple[list[dict], list[dict]]:
-    """Train what is not trained yet. Returns the rows of ``metrics.jsonl`` of the moved and of the unmoved run."""
+def train_all(directory: Path, say: Callable[[str], None] = print) -> dict[str, list[dict[str, Any]]]:
+    """The rows of ``metrics.jsonl`` of each of ``RUNS``; trains what was not trained yet."""
     corpus = prepare_corpus(directory / "corpus")
-    for name, legs in (("moved", LEGS), ("alone", (ALONE,))):
+    for name, legs in RUNS.items():
         for leg in legs:
-            say(f"{name}: up to step {leg.last_step} as {leg.label}: {' '.join(leg.overrides())}")
+            say(f"{name}, up to step {leg.last_step} on {leg.label}: {' '.join(leg.overrides())}")
             subprocess.run(command(directory, name, corpus, leg), check=True)
-    return read_rows(directory / "moved"), read_rows(directory / "alone")
+    return {name: read_rows(directory / name) for name in RUNS}
 
 
-def read_rows(run_dir: Path) -> list[dict]:
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Rows of training steps, in order."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]

@@ -9,7 +9,7 @@ others, point to point the message.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
@@ -48,13 +48,13 @@ class TrafficCounter(TorchDispatchMode):
 
     def __init__(self, groups: ParallelGroups) -> None:
         super().__init__()
-        self.sent: Counter[tuple[str, str]] = Counter()
+        self.sent: defaultdict[tuple[str, str], float] = defaultdict(float)
         self.calls: Counter[tuple[str, str]] = Counter()
         self._axes = axes_by_group(groups)
 
     def by_axis(self) -> dict[str, float]:
         """Bytes sent by axis, without the axes that sent none."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for (axis, _), count in self.sent.items():
             total[axis] += count
         return {axis: count for axis, count in total.items() if count}
@@ -73,7 +73,10 @@ class TrafficCounter(TorchDispatchMode):
             return
         if operation not in SENT:
             raise NotImplementedError(f"c10d.{name}: how much does it send?")
-        key = self._axes.get(group.group_name, "other"), operation.strip("_")
+        # Only pipelines send point to point. With two stages Megatron does it in one direction over the whole world's
+        # group, so that both directions are under way at once.
+        axis = "pp" if operation == "send" else self._axes.get(group.group_name, "other")
+        key = axis, operation.strip("_")
         self.sent[key] += SENT[operation](args, group)
         self.calls[key] += 1
 
@@ -91,7 +94,9 @@ def axes_by_group(groups: ParallelGroups) -> dict[str, str]:
 def process_group(args: Iterable[Any]) -> ProcessGroup | None:
     """The process group among the arguments of an operation of ``c10d``."""
     for argument in args:
-        if isinstance(argument, torch.ScriptObject) and argument._type().name() == "ProcessGroup":
+        if isinstance(argument, torch.ScriptObject) and argument._type().qualified_name().endswith(
+            ".c10d.ProcessGroup"
+        ):
             return ProcessGroup.unbox(argument)
     return None
 
