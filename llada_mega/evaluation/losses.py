@@ -44,6 +44,7 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
     block_origin: str = "document",
+    clean_tokens: str = "needed",
     shard: tuple[int, int] = (0, 1),
     reduce: Reduce | None = None,
     on_pass: Callable[[int, int], None] | None = None,
@@ -65,6 +66,8 @@ def evaluate(
         batch_size: windows of one forward pass.
         seed: of noise levels and masks.
         block_origin: ``document`` or ``sequence``.
+        clean_tokens: ``needed`` or ``all``; changes no loss. Ranks that read different windows and hand each other
+            tokens by all-gather need ``all``: with it their batches have one length.
         shard: (data-parallel rank, size): this rank takes every size-th window, so their number must be a multiple.
         reduce: sums a float64 tensor over data- and context-parallel ranks and pipeline stages; None when this process
             is alone.
@@ -77,7 +80,16 @@ def evaluate(
         scorer, samples, block_sizes, {"noise_levels": noise_levels, "draws": draws, "batch_size": batch_size}, shard
     )
     evaluation = _Evaluation(
-        scorer, samples, noise_levels, draws, batch_size, seed, block_origin, shard, reduce or (lambda sums: sums)
+        scorer,
+        samples,
+        noise_levels,
+        draws,
+        batch_size,
+        seed,
+        block_origin,
+        clean_tokens,
+        shard,
+        reduce or (lambda sums: sums),
     )
     if on_pass is not None:
         passes = [1 if block_size == 1 else draws for block_size in block_sizes]
@@ -95,6 +107,7 @@ class _Evaluation:
     batch_size: int
     seed: int
     block_origin: str
+    clean_tokens: str
     shard: tuple[int, int]
     reduce: Reduce
 
@@ -181,7 +194,7 @@ class _Evaluation:
             level="sequence",
             schedule=schedule,
             block_origin=self.block_origin,
-            clean_tokens="needed",
+            clean_tokens=self.clean_tokens,
             length_multiple=self.scorer.length_multiple,
             noise_levels=noise_levels,
         )

@@ -160,6 +160,13 @@ def test_the_batch_size_changes_nothing(model: BlockDiffusionModel) -> None:
         assert_same(evaluate(model, SAMPLES, block_sizes=[1, 4], draws=2, batch_size=batch_size), whole)
 
 
+def test_clean_tokens_that_nobody_needs_change_nothing(model: BlockDiffusionModel) -> None:
+    needed, everything = (
+        evaluate(model, SAMPLES, block_sizes=[1, 4, 16], clean_tokens=which) for which in ("needed", "all")
+    )
+    assert_same(everything, needed)
+
+
 def test_ranks_share_the_windows(model: BlockDiffusionModel) -> None:
     """Each rank adds its sums; what the other ranks add is what they computed before."""
     sums: list[list[Tensor]] = [[], []]
@@ -228,6 +235,7 @@ def test_progress_counts_forward_passes(model: BlockDiffusionModel) -> None:
         ({"shard": (0, 3)}, "4 held-out windows do not split over 3"),
         ({"samples": []}, "no held-out windows"),
         ({"block_origin": "middle"}, "block_origin=middle"),
+        ({"clean_tokens": "some"}, "clean_tokens=some"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(model: BlockDiffusionModel, options: dict, named: str) -> None:

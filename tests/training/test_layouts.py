@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from rich.console import Console
 
 from llada_mega.config.schema import Config
@@ -45,6 +48,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2-vp2": (2, ("parallel.pp=2", "parallel.vp=2", "parallel.recompute=selective")),
     "cp2": (2, ("parallel.cp=2",)),
     "ep2-distributed": (2, ("parallel.ep=2", *DISTRIBUTED)),
+    "ep2-allgather": (2, ("parallel.ep=2", "parallel.dispatcher=allgather")),
     "pp2-cp2": (4, ("parallel.pp=2", "parallel.cp=2")),
 }
 EXACT = ("consumed_tokens", "mask_ratio", "lr", "block_size", "applied", "dead_experts", "expert_load_max_over_mean")
@@ -162,3 +166,30 @@ def test_the_same_layout_resumes_bit_for_bit(train: Callable[..., Rows], model: 
         timed = ("per_s", "memory", "tflops", "mfu")
         untimed = {key: value for key, value in row.items() if not any(word in key for word in timed)}
         assert untimed == {key: whole[place][key] for key in untimed}, place
+
+
+@pytest.fixture(scope="module")
+def uneven_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a held-out corpus whose first document fills a window and whose others are shorter than a block."""
+    prefix = tmp_path_factory.mktemp("uneven") / "tokens"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for length in (64, 7, 6, 5, 4, 3):
+        builder.add_document(torch.arange(length), [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize("layout,clean_tokens", [("ep2-allgather", "all"), ("ep2-distributed", "needed")])
+def test_validation_on_windows_of_uneven_documents(
+    train: Callable[..., Rows], uneven_windows: Path, layout: str, clean_tokens: str
+) -> None:
+    """Of two data-parallel ranks one has a window with clean tokens that it needs; three windows are two batches."""
+    settings = (
+        f"data.valid=[{{path: {uneven_windows}}}]",
+        f"data.clean_tokens={clean_tokens}",  # also of the one process: expert loads count them
+        "trainer.validation.windows=6",
+        "trainer.validation.batch_size=2",
+        "trainer.validation.block_sizes=[1,4,8]",
+        "trainer.max_steps=2",
+    )
+    assert_same(train(layout, "moe", layout, *settings), train("one", "moe", "one", *settings), TOLERANCE["moe"])

@@ -50,6 +50,7 @@ class ValidationCallback(Callback):
             batch_size=self.config.batch_size,
             seed=self.seed,
             block_origin=trainer.config.data.block_origin,
+            clean_tokens=trainer.config.data.clean_tokens,
             shard=(groups.dp.rank(), groups.dp.size()),
             reduce=partial(_sum_over, groups),
         )
