@@ -12,8 +12,11 @@ import llada_mega
 from llada_mega.checkpoint.checkpoint import read_model_config, verify
 from llada_mega.checkpoint.convert import export_model, import_model
 from llada_mega.checkpoint.hf import import_hf
+from llada_mega.checkpoint.storage import sha256
 from llada_mega.errors import CheckpointError, ConfigError
+from tests.checkpoint.resharding import reshard
 from tests.checkpoint.tiny import FAMILIES, save_model
+from tests.parallel.harness import run_ranks
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,6 +48,21 @@ def test_round_trip_keeps_every_bit_and_adds_one_row(tmp_path: Path, family: str
         "generation_config.json",
     ):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("first", "second"), [((2, 1), (1, 2)), ((1, 2), (2, 2)), ((2, 2), (2, 1))])
+def test_through_two_layouts(tmp_path: Path, family: str, first: tuple[int, int], second: tuple[int, int]) -> None:
+    """Load and save under (TP, PP), then under another: not a bit changes. Experts are split over the TP ranks."""
+    save_model(tmp_path / "in", family, dtype=torch.bfloat16)
+    import_model(tmp_path / "in", tmp_path / "0")
+    export_model(tmp_path / "0", tmp_path / "direct")
+    ep = 2 if family.endswith("moe") else 1
+    for step, (tp, pp) in enumerate((first, second)):
+        places = {"source": str(tmp_path / f"{step}"), "target": str(tmp_path / f"{step + 1}")}
+        run_ranks(reshard, max(tp, ep) * pp, **places, tp=tp, pp=pp, ep=ep)
+    export_model(tmp_path / "2", tmp_path / "out")
+    assert sha256(tmp_path / "out" / "model.safetensors") == sha256(tmp_path / "direct" / "model.safetensors")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,9 +15,9 @@ import llada_mega
 from llada_mega.checkpoint.checkpoint import read_model_config, verify
 from llada_mega.checkpoint.convert import export_model, import_model, verify_model
 from llada_mega.checkpoint.hf import import_hf
-from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import CheckpointError
 from tests.checkpoint.ling import CONFIG, save_ling
+from tests.checkpoint.resharding import reshard
 from tests.models import reference
 from tests.parallel.harness import run_ranks
 
@@ -75,27 +75,6 @@ def test_stacked_experts_and_back(ling: tuple[Path, dict[str, Tensor]], tmp_path
     assert_equal(read_all(tmp_path / "separate"), tensors)
 
 
-def reshard(source: str, target: str, tp: int, pp: int, ep: int) -> None:
-    """Load a checkpoint into this rank of a layout and save it from there."""
-    from llada_mega.checkpoint.checkpoint import load_model_weights, model_state
-    from llada_mega.checkpoint.save import CheckpointWrite
-    from llada_mega.models import build_model
-    from llada_mega.parallel import initialize
-
-    parallel = ParallelConfig(tp=tp, sp=tp > 1, pp=pp, ep=ep)
-    groups = initialize(parallel)
-    config = read_model_config(Path(source))
-    model = build_model(config, parallel=parallel, dtype=torch.bfloat16, seed=None)
-    load_model_weights(Path(source), model)
-    write = CheckpointWrite(Path(target), rank=groups.rank, world_size=groups.world_size)
-    write.start({"model": model_state([model])})
-    torch.distributed.barrier()
-    write.write()
-    torch.distributed.barrier()
-    write.finish(config, {})
-    torch.distributed.barrier()
-
-
 @pytest.mark.parametrize("first", LAYOUTS, ids=lambda layout: "tp{}-pp{}-ep{}".format(*layout))
 def test_through_two_layouts(tmp_path: Path, first: tuple[int, int, int]) -> None:
     """Import, load and save under one layout, load and save under another, export: not a bit changes."""
@@ -109,6 +88,16 @@ def test_through_two_layouts(tmp_path: Path, first: tuple[int, int, int]) -> Non
         )
     export_model(tmp_path / "2", tmp_path / "out")
     assert_equal(read_all(tmp_path / "out"), tensors)
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    tensors = save_ling(tmp_path / "in", torch.bfloat16)
+    places = {"source": str(tmp_path / "in"), "checkpoint": str(tmp_path / "c"), "exported": str(tmp_path / "out")}
+    written = run_ranks("tests.checkpoint.resharding:convert_both_ways", 3, **places, mask_token_id=MASK)
+    assert verify(tmp_path / "c") == [] and verify_model(tmp_path / "out")[1] == []
+    assert_equal(read_all(tmp_path / "out"), tensors)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(written) == 2 * size and min(written) > size / 4
 
 
 @pytest.mark.parametrize(

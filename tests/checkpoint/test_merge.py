@@ -19,7 +19,8 @@ from llada_mega.checkpoint.convert import export_model, import_model
 from llada_mega.checkpoint.merge import DECAYS, best_checkpoints, merge_checkpoints, merge_weights, rank_checkpoints
 from llada_mega.errors import CheckpointError
 from tests.checkpoint.ling import save_ling
-from tests.checkpoint.test_ling import read_all, reshard
+from tests.checkpoint.resharding import reshard
+from tests.checkpoint.test_ling import read_all
 from tests.parallel.harness import run_ranks
 
 MASK = 300

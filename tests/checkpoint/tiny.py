@@ -31,6 +31,15 @@ FAMILIES = {
     "llama": {"tie_word_embeddings": True, "head_dim": 8},
     "qwen2": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
+    "qwen3_moe": {
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+    },
 }
 
 # Overrides that describe save_model(directory) after its import: one token more, the MASK.
@@ -55,7 +64,7 @@ IMPORTED_LLAMA = [
 
 def hugging_face_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of a family; every tensor, norms and biases too, is away from its initial value."""
-    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
     config = getattr(transformers, f"{names[family]}Config")(**(FIELDS | FAMILIES[family] | changes))
     torch.manual_seed(1)
     model = getattr(transformers, f"{names[family]}ForCausalLM")(config)
