@@ -2,14 +2,13 @@
 
 `torch.distributed` functions, their underscore and coalesced variants and the process groups' own methods all end in
 the same few operations of ``c10d``, in the forward and in the backward pass. Bytes are what a rank sends when a
-collective over n ranks is done by a ring, the usual and, but for the all-reduce of tiny messages, the best way:
-all-reduce 2 (n-1)/n of the tensor, all-gather and reduce-scatter (n-1)/n of the whole, all-to-all what is meant for
-others, point to point the message.
+collective over n ranks is done by a ring: all-reduce 2 (n-1)/n of the tensor, all-gather and reduce-scatter (n-1)/n of
+the whole, all-to-all what is meant for others, point to point the message.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
@@ -43,13 +42,11 @@ class TrafficCounter(TorchDispatchMode):
 
     Attributes:
         sent: bytes by (axis, operation), such as ("tp", "allreduce").
-        calls: operations by the same keys.
     """
 
     def __init__(self, groups: ParallelGroups) -> None:
         super().__init__()
         self.sent: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self.calls: Counter[tuple[str, str]] = Counter()
         self._axes = axes_by_group(groups)
 
     def by_axis(self) -> dict[str, float]:
@@ -68,17 +65,17 @@ class TrafficCounter(TorchDispatchMode):
 
     def _count(self, name: str, args: Any) -> None:
         operation = name.rstrip("_")
-        group = process_group(args)
-        if group is None or group.size() == 1 or operation.startswith(("recv", "barrier")):
+        if operation.startswith(("recv", "barrier")):
             return
         if operation not in SENT:
             raise NotImplementedError(f"c10d.{name}: how much does it send?")
+        group = process_group(args)
+        if group.size() == 1:
+            return
         # Only pipelines send point to point. With two stages Megatron does it in one direction over the whole world's
         # group, so that both directions are under way at once.
         axis = "pp" if operation == "send" else self._axes.get(group.group_name, "other")
-        key = axis, operation.strip("_")
-        self.sent[key] += SENT[operation](args, group)
-        self.calls[key] += 1
+        self.sent[axis, operation.strip("_")] += SENT[operation](args, group)
 
 
 def axes_by_group(groups: ParallelGroups) -> dict[str, str]:
@@ -91,14 +88,14 @@ def axes_by_group(groups: ParallelGroups) -> dict[str, str]:
     return found
 
 
-def process_group(args: Iterable[Any]) -> ProcessGroup | None:
+def process_group(args: Iterable[Any]) -> ProcessGroup:
     """The process group among the arguments of an operation of ``c10d``."""
-    for argument in args:
-        if isinstance(argument, torch.ScriptObject) and argument._type().qualified_name().endswith(
-            ".c10d.ProcessGroup"
-        ):
-            return ProcessGroup.unbox(argument)
-    return None
+    boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and _class(a).endswith("c10d.ProcessGroup"))
+    return ProcessGroup.unbox(boxed)
+
+
+def _class(script_object: torch.ScriptObject) -> str:
+    return script_object._type().qualified_name()
 
 
 def _starts_communication(func: Any) -> bool:
