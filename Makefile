@@ -28,7 +28,7 @@ help:
 	echo "make format        let ruff rewrite the sources"
 	echo "make bench         time, memory and error of block attention, a few cases"
 	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
-	echo "make bench-layouts a run moved between parallel layouts, drawn; speed, memory and bytes of every layout (11 minutes; ARGS=--figure, --table)"
+	echo "make bench-layouts a run moved between parallel layouts, drawn; speed, memory and bytes of every layout (8 minutes; ARGS=--figure, --table)"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
 	echo "make kernels-aot   compile the GPU kernels without a GPU; registers, memory, spills, instructions"
 	echo "make te-check      TransformerEngine's models, built without a GPU, against the local ones (compiles for 22 CPU-minutes once)"

@@ -1,7 +1,7 @@
 """``python -m bench.layouts [--figure] [--table] [--output DIR]``: what `make bench-layouts` runs.
 
-The figure is one training run moved over four layouts, against the run left alone (about five minutes); the table says
-what a step costs and communicates under every layout (about five minutes). Without either option both are made.
+The figure is one training run moved over four layouts, against the run left alone (about four minutes); the table says
+what a step costs and communicates under every layout (about four minutes). Without either option both are made.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--figure", action="store_true", help="train, and draw docs/images/layouts.png")
     parser.add_argument("--table", action="store_true", help="measure, and write the table of docs/parallelism.md")
     parser.add_argument(
-        "--output", type=Path, default=Path("build/layouts"), help="corpus, runs and JSON; finished runs are taken up"
+        "--output", type=Path, default=Path("build/layouts"), help="corpus, runs and JSON; finished runs in it are not repeated"
     )
     return parser.parse_args()
 
