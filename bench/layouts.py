@@ -40,7 +40,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--figure", action="store_true", help="train, and draw docs/images/layouts.png")
     parser.add_argument("--table", action="store_true", help="measure, and write the table of docs/parallelism.md")
     parser.add_argument(
-        "--output", type=Path, default=Path("build/layouts"), help="corpus, runs and JSON; finished runs in it are not repeated"
+        "--output",
+        type=Path,
+        default=Path("build/layouts"),
+        help="corpus, runs and JSON; finished runs in it are not repeated",
     )
     return parser.parse_args()
 
