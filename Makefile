@@ -3,7 +3,7 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels bench-layouts docs clean
+.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels bench-layouts bench-conversion docs clean
 
 VENV := .venv
 LATEST := .venv-latest
@@ -29,6 +29,7 @@ help:
 	echo "make bench         time, memory and error of block attention, a few cases"
 	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
 	echo "make bench-layouts a run moved between parallel layouts, drawn; speed, memory and bytes of every layout (8 minutes; ARGS=--figure, --table)"
+	echo "make bench-conversion memory and time of import and export at the widths of Ling-flash (32 GB of disk; ARGS=--stacked)"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
 	echo "make kernels-aot   compile the GPU kernels without a GPU; registers, memory, spills, instructions"
 	echo "make te-check      TransformerEngine's models, built without a GPU, against the local ones (compiles for 22 CPU-minutes once)"
@@ -109,6 +110,9 @@ bench-kernels: $(VENV)/.installed
 
 bench-layouts: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/python -m bench.layouts $(ARGS)
+
+bench-conversion: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.conversion $(ARGS)
 
 docs: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py

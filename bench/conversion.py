@@ -132,7 +132,7 @@ def measure(command: str, layers: int, size: int, arguments: list[str], label: s
 
 def read_digests(directory: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a Hugging Face directory."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {name: digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -264,6 +264,21 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _l2_norm(chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]], *args: Any) -> tuple[Any, None]:
+    """Apex's ``multi_tensor_l2norm``, summed in float64.
+
+    ``torch.norm``, which Megatron-Core uses without apex, adds up the squares of a float32 tensor in float32, one after
+    another in each SIMD lane: on a CPU 2e-6 too small for 4e5 elements, 3e-4 for 1e7, and more or less for the halves
+    of the same tensor. Clipping would depend on the parallel layout, and after some tens of steps so would the loss.
+    """
+    squares = [tensor.square().sum(dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
+    return torch.stack(squares).sum().sqrt().float()[None], None
+
+
+def _patch_clip_grads(clip_grads: Any) -> None:
+    clip_grads.l2_norm_impl = _l2_norm
+
+
 def _patch_optimizer(optimizer: Any) -> None:
     # patched where it is used: this module may have bound the name before install()
     optimizer.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(optimizer.clip_grad_by_total_norm_fp32)
@@ -281,6 +296,7 @@ _SPECIAL: dict[str, Callable[[Any], None]] = {
     "megatron.core.tensor_parallel.random": _patch_random,
     "megatron.core.transformer.moe.moe_utils": _patch_moe_utils,
     "megatron.core.transformer.moe.token_dispatcher": _patch_token_dispatcher,
+    "megatron.core.optimizer.clip_grads": _patch_clip_grads,
     "megatron.core.optimizer.optimizer": _patch_optimizer,
     "megatron.core.optimizer.distrib_optimizer": _patch_distributed_optimizer,
 }

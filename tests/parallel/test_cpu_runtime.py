@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llada_mega.parallel import cpu_runtime
+from llada_mega.parallel import cpu_runtime, ensure_single_process
 
 pytestmark = [pytest.mark.latest, pytest.mark.skipif(torch.cuda.is_available(), reason="a no-op with CUDA")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,3 +131,14 @@ def test_optimizers_recognise_cpu_parameters(dtype: torch.dtype, distributed: bo
     assert norm == pytest.approx(sum(p.numel() for p in bare.parameters()) ** 0.5, rel=1e-3)
     assert not torch.equal(bare.decoder.final_layernorm.weight, before)
     assert torch.zeros(1, dtype=dtype).type() != "torch.cuda.FloatTensor"
+
+
+def test_the_gradient_norm_does_not_depend_on_how_a_matrix_is_split() -> None:
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    gradient = torch.randn(8_000_000, generator=torch.Generator().manual_seed(0))
+    exact = float(gradient.double().norm())
+    ensure_single_process()
+    for parts in (1, 2, 64):
+        norm = get_grad_norm_fp32(list(gradient.chunk(parts)), grad_stats_parallel_group=torch.distributed.group.WORLD)
+        assert norm == pytest.approx(exact, rel=1e-7)
