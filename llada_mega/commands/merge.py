@@ -29,7 +29,7 @@ def check(options: MergeOptions) -> None:
     """Raises ConfigError when keys have the wrong type."""
     listed = options.checkpoints if isinstance(options.checkpoints, list) else [options.checkpoints]
     if not listed or not all(map(_is_text, listed)):
-        raise ConfigError(f"checkpoints={options.checkpoints} must be a run or a list of checkpoints")
+        raise ConfigError(f"checkpoints={listed} must be a run or a list of checkpoints")
     numbers = isinstance(options.weights, list) and all(isinstance(w, int | float) for w in options.weights)
     if not numbers and not _is_text(options.weights):
         raise ConfigError(f"weights={options.weights} must be a name or a list of numbers, one a checkpoint")

@@ -62,7 +62,7 @@ def type_name(hint: Any) -> str:
         return f"list of {type_name(element)}"
     if dataclasses.is_dataclass(hint):
         return f"{{{', '.join(field.name for field in dataclasses.fields(hint))}}}"
-    return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(
+    return {int: "integer", float: "number", bool: "true or false", str: "text", Any: "text or list"}.get(
         hint, getattr(hint, "__name__", str(hint))
     )
 

@@ -187,6 +187,13 @@ CASES: list[Case] = [
     ("more ranks than processes", lambda w: w.train("parallel.cp=2"), "cp=2 = 2 does not divide the 1 processes"),
     ("te is not there", lambda w: w.train("model.implementation=te"), "model.implementation=te"),
     ("prompt without model", lambda w: ["generate", "checkpoint=nowhere", "prompt=x"], "nowhere"),
+    ("merge of nothing", lambda w: ["merge", "nowhere", "output=out"], "nowhere holds no complete checkpoint"),
+    ("merge without validation", lambda w: ["merge", "runs/run", "output=out"], "no checkpoint was made at a valid"),
+    ("merge with odd weights", lambda w: ["merge", "[checkpoint]", "output=out", "weights=[1,2]"], "weights=[1, 2]"),
+    ("merge with a wrong type", lambda w: ["merge", "3", "output=out"], "checkpoints=[3] must be a run or a list"),
+    ("merge onto a directory in use", lambda w: ["merge", "[checkpoint]", "output=hf"], "hf exists and is not empty"),
+    ("stacked what", lambda w: ["convert", "export", "checkpoint", "output=out", "experts=both"], "experts=both"),
+    ("mask outside of the import", lambda w: ["convert", "import", "hf", "output=out", "mask_token_id=999"], "999"),
     ("prompt for a model without MASK", lambda w: ["generate", "hf=hf", "prompt=x"], "MASK"),
 ]
 
