@@ -1,0 +1,258 @@
+"""Forward and backward of one training sequence on one CPU core, ours against the step of published trainers.
+
+``python -m bench.step`` lets this model and :mod:`bench.plain_model` take turns with the same weights and tokens, in
+one process, and counts CPU seconds, so that a busy machine disturbs neither the ratio nor the share of the floor. The
+floor is what the matrix products of the step alone take at the speed of a large matrix product, measured between the
+steps. The reference is the oracle too: loss and all gradients are compared.
+
+A step starts from token ids, makes its attention mask (a training run sees a new one in every batch) and ends with all
+gradients in place; the optimizer is left out.
+
+Legend: L tokens of the sequence, 2L positions [noisy ; clean].
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from llada_kernels import IntervalMask
+from llada_kernels.bench.memory import peak_allocation
+from torch import Tensor
+
+from bench import plain_model
+from llada_mega.config.model import ModelConfig, MoEConfig
+from llada_mega.data.batch import Batch, build_batch
+from llada_mega.data.sample import Sample
+from llada_mega.diffusion.objectives import DiffusionObjective
+from llada_mega.diffusion.schedule import LinearSchedule
+from llada_mega.models import BlockDiffusionModel, build_model, run_batch
+from llada_mega.models.hf_mapping import local_to_hf
+
+MASK_TOKEN = 3
+LENGTH, BLOCK_SIZE = 512, 32
+GEMM_SIZE = 1536
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. Seconds are medians of CPU time; peaks are allocations of a step beyond weights and batch."""
+
+    tokens_per_cpu_second: float
+    reference_tokens_per_cpu_second: float
+    ratio: float
+    floor_seconds: float
+    share_of_floor: float
+    gemm_gflops: float
+    step_gflop: float
+    peak_mib: float
+    reference_peak_mib: float
+    loss_difference: float
+    gradient_difference: float
+    worst_gradient: str
+
+
+@dataclass
+class Pair:
+    """The two implementations of one step. Each leaves its gradients behind and returns the summed loss."""
+
+    config: ModelConfig
+    model: BlockDiffusionModel
+    weights: dict[str, Tensor]
+    ours: Callable[[], float]
+    reference: Callable[[], float]
+    step_flops: int
+
+    def forget_gradients(self) -> None:
+        """As after an optimizer step."""
+        for tensor in (*self.model.parameters(), *self.weights.values()):
+            tensor.grad = None
+
+
+def benchmark_model() -> ModelConfig:
+    """A Ling 2.0 of 13 million parameters."""
+    moe = MoEConfig(16, 4, 4, 2, expert_ffn_hidden_size=128, shared_expert_ffn_hidden_size=128, first_dense_layers=1)
+    return ModelConfig(
+        architecture="llada2_moe",
+        num_layers=8,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=64,
+        ffn_hidden_size=512,
+        vocab_size=1024,
+        qk_norm=True,
+        rotary_percent=0.5,
+        mask_token_id=MASK_TOKEN,
+        moe=moe,
+    )
+
+
+def prepare(config: ModelConfig, length: int, block_size: int) -> Pair:
+    """One document of ``length`` random tokens, about half of them masked; weights drawn from a fixed seed."""
+    model = build_model(config, seed=0)
+    model.train()
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
+    weights = _real_vocabulary(config, state)
+    for name, weight in weights.items():
+        weight.requires_grad_(not name.endswith("expert_bias"))
+    tokens_L = torch.randint(MASK_TOKEN + 1, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    batch, both_halves = (_batch(tokens_L, block_size, kept) for kept in ("needed", "all"))
+    ids_S, positions_S = both_halves.input_ids_S[: 2 * length], both_halves.position_ids_S[: 2 * length]
+    weights_L = torch.zeros(length)
+    weights_L[batch.logit_rows_R[: batch.num_rows]] = batch.weights_R[: batch.num_rows]
+
+    def ours() -> float:
+        unplanned = IntervalMask(batch.mask.endpoints, batch.mask.total_k)
+        loss = run_batch(model, dataclasses.replace(batch, mask=unplanned)).loss_sum
+        loss.backward()
+        return loss.item()
+
+    def reference() -> float:
+        mask_SS = plain_model.dense_mask([length], block_size)
+        loss = plain_model.loss(weights, config, ids_S, positions_S, mask_SS, tokens_L, weights_L)
+        loss.backward()
+        return loss.item()
+
+    visible = IntervalMask.block_diffusion([length], block_size).area()
+    flops = step_flops(config, 2 * length, visible, batch.num_rows)
+    return Pair(config, model, weights, ours, reference, flops)
+
+
+def step_flops(config: ModelConfig, positions: int, visible_pairs: int, logit_rows: int) -> int:
+    """FLOPs of the matrix products of one forward and backward pass, 2 for a multiply-add.
+
+    A product C = A B has two in the backward pass, dA = dC B' and dB = A' dC, each as large: 3 in all. That holds for
+    the scores and the outputs of attention, over visible pairs only, as for linear layers. Nothing is counted for what
+    an implementation computes again, nor for routing beyond its matrix, norms, softmax and embeddings.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    groups = (config.num_query_groups or config.num_attention_heads) * config.head_dim
+    products = logit_rows * hidden * config.vocab_size
+    for layer in range(config.num_layers):
+        products += positions * hidden * (heads + 2 * groups) + positions * heads * hidden
+        products += 2 * visible_pairs * heads
+        if config.is_moe_layer(layer):
+            moe = config.moe
+            width = moe.top_k * moe.expert_ffn_hidden_size + moe.shared_expert_ffn_hidden_size
+            products += positions * hidden * moe.num_experts
+        else:
+            width = config.ffn_hidden_size
+        products += positions * 3 * hidden * width  # gate, up, down
+    return 2 * 3 * products
+
+
+def compare(pair: Pair) -> tuple[float, float, str]:
+    """Relative difference of the losses, the largest one of a gradient (by its largest entry), and whose it is."""
+    pair.forget_gradients()
+    loss, expected = pair.ours(), pair.reference()
+    gradients = {name: p.grad for name, p in pair.model.named_parameters() if p.grad is not None}
+    routers = {name: b for name, b in pair.model.named_buffers() if name.endswith("expert_bias")}
+    differences = {}
+    for name, gradient in _real_vocabulary(pair.config, {**gradients, **routers}).items():
+        weight = pair.weights[name]
+        if weight.requires_grad:  # an expert that no token chose has no gradient in the reference
+            wanted = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            scale = float(wanted.abs().max()) or 1.0
+            differences[name] = float((gradient - wanted).abs().max()) / scale
+    worst = max(differences, key=lambda name: differences[name])
+    pair.forget_gradients()
+    return abs(loss - expected) / abs(expected), differences[worst], worst
+
+
+def measure(pair: Pair, length: int, repeats: int) -> Report:
+    """Alternate the two and the large matrix product ``repeats`` times, after one round that is not counted."""
+    left, right = torch.randn(2, GEMM_SIZE, GEMM_SIZE)
+    takes: dict[str, list[float]] = {"ours": [], "reference": [], "gemm": []}
+    work = {"ours": pair.ours, "reference": pair.reference, "gemm": lambda: left @ right}
+    for _ in range(repeats + 1):
+        for name, function in work.items():
+            start = time.process_time()
+            function()
+            takes[name].append(time.process_time() - start)
+            pair.forget_gradients()
+    seconds = {name: statistics.median(taken[1:]) for name, taken in takes.items()}
+    rate = 2 * GEMM_SIZE**3 / seconds["gemm"]
+    floor = pair.step_flops / rate
+    peaks = {}
+    for name in ("ours", "reference"):
+        peaks[name] = peak_allocation(work[name], CPU) / 2**20
+        pair.forget_gradients()
+    loss_difference, gradient_difference, worst = compare(pair)
+    return Report(
+        tokens_per_cpu_second=length / seconds["ours"],
+        reference_tokens_per_cpu_second=length / seconds["reference"],
+        ratio=seconds["reference"] / seconds["ours"],
+        floor_seconds=floor,
+        share_of_floor=floor / seconds["ours"],
+        gemm_gflops=rate / 1e9,
+        step_gflop=pair.step_flops / 1e9,
+        peak_mib=peaks["ours"],
+        reference_peak_mib=peaks["reference"],
+        loss_difference=loss_difference,
+        gradient_difference=gradient_difference,
+        worst_gradient=worst,
+    )
+
+
+def main() -> int:
+    """Print the report; write it as JSON with ``--output``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15, help="steps of each, alternating")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    report = measure(prepare(benchmark_model(), LENGTH, BLOCK_SIZE), LENGTH, options.repeats)
+    ours, reference = report.tokens_per_cpu_second, report.reference_tokens_per_cpu_second
+    print(f"{'':16}{'tokens/CPU-second':>20}{'ms a step':>12}{'peak MiB':>12}")
+    print(f"{'plain PyTorch':16}{reference:20.0f}{1e3 * LENGTH / reference:12.0f}{report.reference_peak_mib:12.0f}")
+    print(f"{'llada-mega':16}{ours:20.0f}{1e3 * LENGTH / ours:12.0f}{report.peak_mib:12.0f}")
+    print(
+        f"{report.ratio:.2f} times the reference with {report.peak_mib / report.reference_peak_mib:.0%} of its memory; "
+        f"{report.share_of_floor:.0%} of the floor, {1e3 * report.floor_seconds:.0f} ms for {report.step_gflop:.1f} "
+        f"GFLOP at {report.gemm_gflops:.0f} GFLOP/s; largest relative difference: loss {report.loss_difference:.1e}, "
+        f"gradients {report.gradient_difference:.1e} ({report.worst_gradient})"
+    )
+    if options.output is not None:
+        options.output.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    return 0
+
+
+def _batch(tokens_L: Tensor, block_size: int, clean_tokens: str) -> Batch:
+    length = len(tokens_L)
+    sample = Sample(tokens_L, [length], [False], torch.ones(length, dtype=torch.bool), sample_index=0)
+    return build_batch(
+        [sample],
+        layout="bdlm",
+        block_size=block_size,
+        objective=DiffusionObjective("elbo", LinearSchedule()),
+        schedule=LinearSchedule(),
+        seed=1,
+        mask_token_id=MASK_TOKEN,
+        pad_token_id=0,
+        t_min=0.4,
+        t_max=0.6,
+        clean_tokens=clean_tokens,
+    )
+
+
+def _real_vocabulary(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies under Hugging Face names, without the rows that pad the vocabulary."""
+    renamed = local_to_hf(config, {name: tensor.detach() for name, tensor in tensors.items()})
+    tables = ("word_embeddings", "lm_head")
+    return {
+        name: tensor[: config.vocab_size if any(table in name for table in tables) else None].clone()
+        for name, tensor in renamed
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,42 @@
+"""The benchmark's two steps are the same step, and its count of FLOPs is right."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.step import compare, measure, prepare, step_flops
+from tests.models.helpers import moe_config
+
+LENGTH, BLOCK_SIZE = 96, 16
+
+
+def test_both_implementations_make_the_same_loss_and_gradients() -> None:
+    loss, gradient, worst = compare(prepare(moe_config(), LENGTH, BLOCK_SIZE))
+    assert loss <= 1e-6
+    assert gradient <= 1e-5, worst
+
+
+def test_a_wrong_weight_is_seen() -> None:
+    pair = prepare(moe_config(), LENGTH, BLOCK_SIZE)
+    with torch.no_grad():
+        pair.weights["model.layers.2.mlp.shared_experts.up_proj.weight"][0] += 0.1
+    assert compare(pair)[1] > 1e-4
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    """PyTorch counts the reference's linear layers; attention is the library's count, twice more backward."""
+    config = moe_config()
+    pair = prepare(config, LENGTH, BLOCK_SIZE)
+    with FlopCounterMode(display=False) as counter:
+        pair.reference()
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == step_flops(config, 2 * LENGTH, 0, LENGTH)
+    area, heads = 1000, config.num_attention_heads * config.head_dim
+    attention = step_flops(config, 2 * LENGTH, area, LENGTH) - step_flops(config, 2 * LENGTH, 0, LENGTH)
+    assert attention == 3 * config.num_layers * 4 * area * heads
+
+
+def test_the_report_is_consistent() -> None:
+    report = measure(prepare(moe_config(), LENGTH, BLOCK_SIZE), LENGTH, repeats=2)
+    assert report.ratio > 0 and report.peak_mib > 0 and report.reference_peak_mib > 0
+    assert abs(report.share_of_floor * LENGTH / report.tokens_per_cpu_second / report.floor_seconds - 1) < 1e-9
