@@ -139,7 +139,9 @@ def _write_file(file: PlannedFile, advance: Advance) -> None:
         temporary.write_text(json.dumps(content) + "\n")
         temporary.replace(file.sidecar)
     except OSError as error:
-        raise CheckpointError(f"cannot write {file.path}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot write {file.path}: {error.strerror or error}; the files before it are kept, the same command goes on"
+        ) from error
 
 
 def _write_tensors(path: Path, tensors: Sequence[PlannedTensor], advance: Advance) -> tuple[int, str]:

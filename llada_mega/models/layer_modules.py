@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from llada_mega.models.experts import ExpertColumn, ExpertRow, FusedExperts
+from llada_mega.models.moe_layer import LocalMoELayer
 from llada_mega.models.norm import RMSNorm
 
 
@@ -17,19 +21,38 @@ class LayerModules:
     Attributes:
         norm: RMSNorm.
         column, row: linear layers whose output (input) features are split over tensor-parallel ranks.
+        moe_layer: routing, dispatch, experts, combination.
+        experts: all routed experts of a rank.
+        expert_column, expert_row: the linear layers that ``experts`` is made of.
         norm_column: a norm and the column-parallel linear layer behind it as one module; None where there is none.
-        grouped_column, grouped_row: the linear layers of all local experts as one module; None where there is none.
     """
 
     norm: Any
     column: Any
     row: Any
+    moe_layer: Any
+    experts: Any
+    expert_column: Any
+    expert_row: Any
     norm_column: Any = None
-    grouped_column: Any = None
-    grouped_row: Any = None
 
 
-LOCAL = LayerModules(norm=RMSNorm, column=ColumnParallelLinear, row=RowParallelLinear)
+def local_modules(fused_weight_gradients: bool) -> LayerModules:
+    """Megatron-Core's own modules and ours; they need nothing but PyTorch.
+
+    Args:
+        fused_weight_gradients: linear layers add to the gradient buffers themselves (a CUDA extension). That is in
+            Megatron's linear layers only, so its experts are taken then.
+    """
+    return LayerModules(
+        norm=RMSNorm,
+        column=ColumnParallelLinear,
+        row=RowParallelLinear,
+        moe_layer=LocalMoELayer,
+        experts=SequentialMLP if fused_weight_gradients else FusedExperts,
+        expert_column=ColumnParallelLinear if fused_weight_gradients else ExpertColumn,
+        expert_row=RowParallelLinear if fused_weight_gradients else ExpertRow,
+    )
 
 
 def te_modules() -> LayerModules:
@@ -46,6 +69,8 @@ def te_modules() -> LayerModules:
         column=te.TEColumnParallelLinear,
         row=te.TERowParallelLinear,
         norm_column=te.TELayerNormColumnParallelLinear,
-        grouped_column=te.TEColumnParallelGroupedLinear,
-        grouped_row=te.TERowParallelGroupedLinear,
+        moe_layer=MoELayer,
+        experts=TEGroupedMLP,
+        expert_column=te.TEColumnParallelGroupedLinear,
+        expert_row=te.TERowParallelGroupedLinear,
     )

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.models.attention import IntervalCoreAttention
-from llada_mega.models.layer_modules import LOCAL, LayerModules, te_modules
+from llada_mega.models.layer_modules import LayerModules, local_modules, te_modules
 from llada_mega.models.router import BalancedRouter
 from llada_mega.parallel import megatron_compat
 
@@ -29,7 +29,7 @@ ATTENTION_NORM = ("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
 DENSE_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
-def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules = LOCAL) -> ModuleSpec:
+def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules) -> ModuleSpec:
     """Spec of the transformer layer with the 0-based global ``layer_index``."""
     is_moe = model.is_moe_layer(layer_index)
     is_fused = modules.norm_column is not None
@@ -42,8 +42,8 @@ def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules = LOC
         k_layernorm=qk_norm,
     )
     if is_moe:
-        experts = (modules.grouped_column, modules.grouped_row) if modules.grouped_column else None
-        mlp = megatron_compat.moe_mlp(BalancedRouter, modules.column, modules.row, experts)
+        linears, shared_linears = (modules.expert_column, modules.expert_row), (modules.column, modules.row)
+        mlp = megatron_compat.moe_mlp(modules.moe_layer, BalancedRouter, modules.experts, linears, shared_linears)
     else:
         mlp = megatron_compat.dense_mlp(modules.norm_column if is_fused else modules.column, modules.row)
     separate_norms = [] if is_fused else [ATTENTION_NORM] if is_moe else [ATTENTION_NORM, DENSE_NORM]
@@ -72,7 +72,10 @@ def block_spec(
     model: ModelConfig, config: TransformerConfig, pp_rank: int, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Specs of the layers on this pipeline stage (of this model chunk) and of the final norm."""
-    modules = te_modules() if config.transformer_impl == "transformer_engine" else LOCAL
+    if config.transformer_impl == "transformer_engine":
+        modules = te_modules()
+    else:
+        modules = local_modules(config.gradient_accumulation_fusion)
     first = layer_offset(config, pp_rank, vp_stage)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [layer_spec(model, layer, modules) for layer in range(first, first + count)]

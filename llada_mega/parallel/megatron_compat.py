@@ -18,8 +18,8 @@ with warnings.catch_warnings():  # "Apex is not installed" and the like: llada-m
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.moe import experts as moe_experts
-    from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
-    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -44,21 +44,30 @@ def dense_mlp(column: Any, row: Any) -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def moe_mlp(router: Callable[..., Any], column: Any, row: Any, grouped: tuple[Any, Any] | None = None) -> Any:
-    """Spec of an MoE layer with our router and, where the config has one, a shared expert.
+def moe_mlp(
+    layer: Any, router: Callable[..., Any], experts: Any, linears: tuple[Any, Any], shared_linears: tuple[Any, Any]
+) -> Any:
+    """Spec of an MoE layer and, where the config has one, its shared expert.
 
     Args:
+        layer: class of the layer, ``MoELayer`` or derived from it.
         router: class of the router.
-        column, row: linear layers of the shared expert and of each routed one.
-        grouped: linear layers that hold all local experts, in place of one module an expert.
+        experts: class of all routed experts of a rank.
+        linears: the first and the second linear layer that ``experts`` is made of.
+        shared_linears: those of the shared expert.
     """
-    one = MLPSubmodules(linear_fc1=column, linear_fc2=row)
-    if grouped is None:
-        experts = _builder(SequentialMLP, one)
-    else:
-        experts = _builder(TEGroupedMLP, GroupedSubmodules(linear_fc1=grouped[0], linear_fc2=grouped[1]))
-    shared_experts = _builder(SharedExpertMLP, one)
-    return _builder(MoELayer, MoESubmodules(experts=experts, shared_experts=shared_experts, router=router))
+    submodules = GroupedSubmodules if issubclass(experts, TEGroupedMLP) else MLPSubmodules
+    shared_experts = _builder(
+        SharedExpertMLP, MLPSubmodules(linear_fc1=shared_linears[0], linear_fc2=shared_linears[1])
+    )
+    return _builder(
+        layer,
+        MoESubmodules(
+            experts=_builder(experts, submodules(linear_fc1=linears[0], linear_fc2=linears[1])),
+            shared_experts=shared_experts,
+            router=router,
+        ),
+    )
 
 
 def _builder(module: Any, submodules: Any) -> Any:
