@@ -140,7 +140,7 @@ def _write_file(file: PlannedFile, advance: Advance) -> None:
         temporary.replace(file.sidecar)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {file.path}: {error.strerror or error}; the files before it are kept, the same command goes on"
+            f"cannot write {file.path}: {error.strerror or error}; finished files are kept, the same command goes on"
         ) from error
 
 

@@ -57,8 +57,10 @@ def run_contract(config: Config, corpora: dict[str, dict[str, Any]]) -> dict[str
     for key in ("attention_backend", "implementation"):  # how, not what
         model.pop(key)
     data = dataclasses.asdict(config.data)
-    for key in ("num_workers", "clean_tokens", "tokenizer", "valid"):
+    for key in ("num_workers", "tokenizer", "valid"):
         data.pop(key)
+    if not config.model.is_moe:  # there, clean tokens that nobody sees count in the load that moves the experts' biases
+        data.pop("clean_tokens")
     data["valid_fraction"] = 0.0 if config.data.valid else config.data.valid_fraction
     for corpus in data["train"]:
         corpus["path"] = Path(corpus["path"]).name  # a directory may have moved

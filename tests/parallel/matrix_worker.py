@@ -81,7 +81,7 @@ def train(
     is_reference = not files.exists()
     files.mkdir(exist_ok=True)
     result = Result()
-    margins = _watch_routers(bare) if is_reference else []
+    margins = watch_routers(bare) if is_reference else []
     initial = _parameters(bare)
     for index, (layout, block_size) in enumerate(STAGES):
 
@@ -214,7 +214,7 @@ def _gather_gradients(chunks: list[Any]) -> None:
 # ---- distance to a tie -----------------------------------------------------------------------------------------------
 
 
-def _watch_routers(bare: list[Any]) -> list[float]:
+def watch_routers(bare: list[Any]) -> list[float]:
     """Collects, at every forward pass, the smallest margin of a routing decision on a token that is not padding."""
     from llada_mega.models.router import routers
 

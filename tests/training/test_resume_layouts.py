@@ -36,7 +36,7 @@ from llada_mega.training import run
 from llada_mega.training.resume import sharded_training_state
 from tests.parallel import test_matrix
 from tests.parallel.harness import run_ranks
-from tests.parallel.matrix_worker import MODELS, _watch_routers
+from tests.parallel.matrix_worker import MODELS, watch_routers
 from tests.training.rows import read_rows
 
 pytestmark = [pytest.mark.slow]
@@ -261,7 +261,7 @@ def smallest_margin(config: Config) -> float:
 
     def build_step(*arguments: Any, **keywords: Any) -> Any:
         step = build(*arguments, **keywords)
-        margins.append(_watch_routers(step.bare_models))
+        margins.append(watch_routers(step.bare_models))
         return step
 
     with mock.patch.object(run, "build_step", build_step):
