@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from llada_mega.models.experts import ExpertColumn, ExpertRow, FusedExperts
-from llada_mega.models.moe_layer import LocalMoELayer
 from llada_mega.models.norm import RMSNorm
+from llada_mega.models.self_attention import IntervalSelfAttention
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,17 @@ class LayerModules:
 
     Attributes:
         norm: RMSNorm.
+        self_attention: projections, rotary positions, core attention.
         column, row: linear layers whose output (input) features are split over tensor-parallel ranks.
-        moe_layer: routing, dispatch, experts, combination.
         experts: all routed experts of a rank.
         expert_column, expert_row: the linear layers that ``experts`` is made of.
         norm_column: a norm and the column-parallel linear layer behind it as one module; None where there is none.
     """
 
     norm: Any
+    self_attention: Any
     column: Any
     row: Any
-    moe_layer: Any
     experts: Any
     expert_column: Any
     expert_row: Any
@@ -46,9 +46,9 @@ def local_modules(fused_weight_gradients: bool) -> LayerModules:
     """
     return LayerModules(
         norm=RMSNorm,
+        self_attention=IntervalSelfAttention,
         column=ColumnParallelLinear,
         row=RowParallelLinear,
-        moe_layer=LocalMoELayer,
         experts=SequentialMLP if fused_weight_gradients else FusedExperts,
         expert_column=ColumnParallelLinear if fused_weight_gradients else ExpertColumn,
         expert_row=RowParallelLinear if fused_weight_gradients else ExpertRow,
@@ -66,10 +66,10 @@ def te_modules() -> LayerModules:
 
     return LayerModules(
         norm=te.TENorm,
+        self_attention=SelfAttention,
         column=te.TEColumnParallelLinear,
         row=te.TERowParallelLinear,
         norm_column=te.TELayerNormColumnParallelLinear,
-        moe_layer=MoELayer,
         experts=TEGroupedMLP,
         expert_column=te.TEColumnParallelGroupedLinear,
         expert_row=te.TERowParallelGroupedLinear,

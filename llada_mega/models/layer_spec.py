@@ -6,7 +6,7 @@ import functools
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -43,7 +43,7 @@ def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules) -> M
     )
     if is_moe:
         linears, shared_linears = (modules.expert_column, modules.expert_row), (modules.column, modules.row)
-        mlp = megatron_compat.moe_mlp(modules.moe_layer, BalancedRouter, modules.experts, linears, shared_linears)
+        mlp = megatron_compat.moe_mlp(BalancedRouter, modules.experts, linears, shared_linears)
     else:
         mlp = megatron_compat.dense_mlp(modules.norm_column if is_fused else modules.column, modules.row)
     separate_norms = [] if is_fused else [ATTENTION_NORM] if is_moe else [ATTENTION_NORM, DENSE_NORM]
@@ -52,7 +52,7 @@ def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules) -> M
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if is_fused else modules.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
+                module=modules.self_attention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if is_fused and not is_moe else modules.norm,

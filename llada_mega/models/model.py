@@ -21,10 +21,11 @@ from torch import Tensor
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.models.config import padded_vocab_size
+from llada_mega.models.dispatch import dispatch_locally
 from llada_mega.models.embedding import EmbeddingNoise, NoisyEmbedding
 from llada_mega.models.layer_spec import block_spec
 from llada_mega.models.logits import RowLosses, chunked_cross_entropy, row_logits
-from llada_mega.models.rotary import rotary_angles
+from llada_mega.models.rotary import rotary_angles, rotary_factors
 from llada_mega.parallel import ParallelGroups
 
 
@@ -70,6 +71,8 @@ class BlockDiffusionModel(LanguageModule):
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        if config.transformer_impl == "local":
+            dispatch_locally(self.decoder, groups)
         if post_process:
             # rows are chosen from the whole sequence, so this layer never sees it split
             output_config = copy.copy(config)
@@ -126,10 +129,11 @@ class BlockDiffusionModel(LanguageModule):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids_BS, position_ids_BS, embedding_noise)
+        rotary = rotary_factors if self.config.transformer_impl == "local" else rotary_angles
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=mask_carrier,
-            rotary_pos_emb=rotary_angles(position_ids_BS, self.model_config, self.config.params_dtype),
+            rotary_pos_emb=rotary(position_ids_BS, self.model_config, self.config.params_dtype),
             padding_mask=self._local_padding(padding_mask_BS),
         )
         if not self.post_process:

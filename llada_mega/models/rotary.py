@@ -1,20 +1,67 @@
-"""Rotary embedding with one position a token."""
+"""Rotary embedding with one position a token, half-split layout.
+
+Legend: S rows, B batch, N heads, D head dim, d = ``rotary_percent`` of D, the channels that are rotated, h = d / 2.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llada_mega.config.model import ModelConfig
 
 
 def rotary_angles(position_ids_BS: Tensor, model: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """Angles ``[S, B, 1, d]`` for Megatron's ``apply_rotary_pos_emb`` (half-split layout), fp32 or fp64.
+    """Angles ``[S, B, 1, d]`` for Megatron's ``apply_rotary_pos_emb``, each of the h twice; fp32 or fp64."""
+    angles_SB1h = _angles(position_ids_BS, model, dtype)
+    return torch.cat([angles_SB1h, angles_SB1h], dim=-1)
 
-    d = ``rotary_percent`` of the head dimension; the remaining channels of each head are not rotated.
-    """
+
+def rotary_factors(position_ids_BS: Tensor, model: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """``[2, S, B, 1, h]`` for :func:`rotate`, in ``dtype``: cosines and sines of the angles, once for all layers."""
+    angles_SB1h = _angles(position_ids_BS, model, dtype)
+    return torch.stack([angles_SB1h.cos(), angles_SB1h.sin()]).to(dtype)
+
+
+def rotate(x_SBND: Tensor, factors: Tensor) -> Tensor:
+    """Turn channels i and h + i of each head by angle i; channels from d on stay. ``factors`` get no gradient."""
+    return _Rotate.apply(x_SBND, factors)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is turned back by the same angle; no intermediate tensor is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBND: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        cos, sin = factors
+        return _turned(x_SBND, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SBND: Tensor) -> tuple[Tensor, None]:
+        cos, sin = ctx.saved_tensors[0]
+        return _turned(grad_SBND, cos, -sin), None
+
+
+def _turned(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    result_SBND = torch.empty_like(x_SBND, memory_format=torch.contiguous_format)
+    first, second, rest = x_SBND.tensor_split([half, 2 * half], dim=-1)
+    new_first, new_second, new_rest = result_SBND.tensor_split([half, 2 * half], dim=-1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
+    new_rest.copy_(rest)
+    return result_SBND
+
+
+def _angles(position_ids_BS: Tensor, model: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """``[S, B, 1, h]``."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     channels = round(model.head_dim * model.rotary_percent)
     exponent = torch.arange(0, channels, 2, dtype=wide, device=position_ids_BS.device) / channels
-    angles_BSd = position_ids_BS.to(wide)[..., None] * (1.0 / model.rope_theta**exponent)
-    return torch.cat([angles_BSd, angles_BSd], dim=-1).transpose(0, 1)[:, :, None, :]
+    angles_BSh = position_ids_BS.to(wide)[..., None] * (1.0 / model.rope_theta**exponent)
+    return angles_BSh.transpose(0, 1)[:, :, None, :]

@@ -19,7 +19,7 @@ with warnings.catch_warnings():  # "Apex is not installed" and the like: llada-m
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.moe import experts as moe_experts
     from megatron.core.transformer.moe.experts import TEGroupedMLP
-    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -44,13 +44,10 @@ def dense_mlp(column: Any, row: Any) -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def moe_mlp(
-    layer: Any, router: Callable[..., Any], experts: Any, linears: tuple[Any, Any], shared_linears: tuple[Any, Any]
-) -> Any:
+def moe_mlp(router: Callable[..., Any], experts: Any, linears: tuple[Any, Any], shared_linears: tuple[Any, Any]) -> Any:
     """Spec of an MoE layer and, where the config has one, its shared expert.
 
     Args:
-        layer: class of the layer, ``MoELayer`` or derived from it.
         router: class of the router.
         experts: class of all routed experts of a rank.
         linears: the first and the second linear layer that ``experts`` is made of.
@@ -61,7 +58,7 @@ def moe_mlp(
         SharedExpertMLP, MLPSubmodules(linear_fc1=shared_linears[0], linear_fc2=shared_linears[1])
     )
     return _builder(
-        layer,
+        MoELayer,
         MoESubmodules(
             experts=_builder(experts, submodules(linear_fc1=linears[0], linear_fc2=linears[1])),
             shared_experts=shared_experts,
