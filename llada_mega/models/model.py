@@ -71,8 +71,7 @@ class BlockDiffusionModel(LanguageModule):
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        if config.transformer_impl == "local":
-            dispatch_locally(self.decoder, groups)
+        dispatch_locally(self.decoder, groups)
         if post_process:
             # rows are chosen from the whole sequence, so this layer never sees it split
             output_config = copy.copy(config)
