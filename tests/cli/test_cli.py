@@ -50,6 +50,7 @@ def test_the_commands_are_those_of_the_design() -> None:
         "generate",
         "report",
         "mask",
+        "merge",
         "checkpoint verify",
         "checkpoint inspect",
         "doctor",
