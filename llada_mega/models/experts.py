@@ -17,7 +17,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
@@ -73,22 +72,33 @@ class FusedExperts(SequentialMLP):
 
 
 class _Experts(torch.autograd.Function):
-    """y = (share * silu(gate) * up) W2', [gate; up] = x W1', with the weights of each route's expert."""
+    """y = (share * silu(gate) * up) W2', [gate; up] = x W1', with the weights of each route's expert.
+
+    What one expert needs for a moment lives in scratch rows that the next one writes over while they are in the cache.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x_TH: Tensor, share_N: Tensor, counts: list[int], token_N: Tensor | None, *weights: Tensor
     ) -> Tensor:
-        places = _places(counts, token_N)
-        inner_N2F = x_TH.new_empty(sum(counts), weights[0].shape[0])
+        first_weights, second_weights = _halves(weights)
+        inner_N2F = x_TH.new_empty(sum(counts), len(first_weights[0]))
         output_TH = torch.zeros_like(x_TH)
-        for place, share_n, inner_n2F, first, second in zip(
-            places, share_N.split(counts), inner_N2F.split(counts), *_halves(weights), strict=True
+        scratch_H, scratch_F = _scratch(x_TH, counts, x_TH.shape[1], second_weights[0].shape[1])
+        for count, place, share_n, inner_n2F, first, second in zip(
+            counts,
+            _places(counts, token_N),
+            share_N.split(counts),
+            inner_N2F.split(counts),
+            first_weights,
+            second_weights,
+            strict=True,
         ):
-            torch.mm(_gather(x_TH, place), first.t(), out=inner_n2F)
+            row_nH, active_nF = scratch_H[:count], scratch_F[:count]
+            torch.mm(_gather(x_TH, place, row_nH), first.t(), out=inner_n2F)
             gate_nF, up_nF = inner_n2F.chunk(2, dim=1)
-            active_nF = F.silu(gate_nF).mul_(up_nF).mul_(share_n[:, None])
-            _add(output_TH, place, active_nF.mm(second.t()))
+            torch.ops.aten.silu.out(gate_nF, out=active_nF).mul_(up_nF).mul_(share_n[:, None])
+            _add(output_TH, place, torch.mm(active_nF, second.t(), out=row_nH))
         ctx.counts, ctx.has_routes = counts, token_N is not None
         ctx.save_for_backward(x_TH, share_N, inner_N2F, *weights, *([] if token_N is None else [token_N]))
         return output_TH
@@ -98,31 +108,36 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, share_N, inner_N2F, *weights = ctx.saved_tensors
         token_N = weights.pop() if ctx.has_routes else None
+        counts, (first_weights, second_weights) = ctx.counts, _halves(weights)
         grad_x_TH, grad_share_N = torch.zeros_like(x_TH), torch.empty_like(share_N)
         first_grads, second_grads = [], []
-        for place, share_n, inner_n2F, grad_share_n, first, second in zip(
-            _places(ctx.counts, token_N),
-            share_N.split(ctx.counts),
-            inner_N2F.split(ctx.counts),
-            grad_share_N.split(ctx.counts),
-            *_halves(weights),
+        hidden, width = x_TH.shape[1], second_weights[0].shape[1]
+        scratch = _scratch(x_TH, counts, hidden, width, width, width, 2 * width)
+        for count, place, share_n, inner_n2F, grad_share_n, first, second in zip(
+            counts,
+            _places(counts, token_N),
+            share_N.split(counts),
+            inner_N2F.split(counts),
+            grad_share_N.split(counts),
+            first_weights,
+            second_weights,
             strict=True,
         ):
+            row_nH, silu_nF, active_nF, grad_active_nF, grad_inner_n2F = (rows[:count] for rows in scratch)
             gate_nF, up_nF = inner_n2F.chunk(2, dim=1)
-            silu_nF = F.silu(gate_nF)
-            active_nF = silu_nF * up_nF
-            grad_nH = _gather(grad_TH, place)
-            grad_active_nF = grad_nH.mm(second)
+            torch.ops.aten.silu.out(gate_nF, out=silu_nF)
+            torch.mul(silu_nF, up_nF, out=active_nF)
+            grad_nH = _gather(grad_TH, place, row_nH)
+            torch.mm(grad_nH, second, out=grad_active_nF)
             torch.sum(grad_active_nF * active_nF.to(share_n.dtype), dim=1, out=grad_share_n)
             second_grads.append(grad_nH.t().mm(active_nF.mul_(share_n[:, None])))
 
             grad_active_nF.mul_(share_n[:, None])
-            grad_inner_n2F = torch.empty_like(inner_n2F)
             grad_gate_nF, grad_up_nF = grad_inner_n2F.chunk(2, dim=1)
             torch.mul(grad_active_nF, silu_nF, out=grad_up_nF)
             torch.ops.aten.silu_backward.grad_input(grad_active_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF)
-            first_grads.append(grad_inner_n2F.t().mm(_gather(x_TH, place)))
-            _add(grad_x_TH, place, grad_inner_n2F.mm(first))
+            first_grads.append(grad_inner_n2F.t().mm(_gather(x_TH, place, row_nH)))
+            _add(grad_x_TH, place, torch.mm(grad_inner_n2F, first, out=row_nH))
         return grad_x_TH, grad_share_N, None, None, *first_grads, *second_grads
 
 
@@ -132,16 +147,21 @@ def _halves(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tenso
     return weights[:middle], weights[middle:]
 
 
+def _scratch(x_TH: Tensor, counts: list[int], *widths: int) -> list[Tensor]:
+    """Uninitialised rows for the expert with the most routes, of each width."""
+    return [x_TH.new_empty(max(counts), width) for width in widths]
+
+
 def _places(counts: list[int], token_N: Tensor | None) -> Sequence[Tensor | slice]:
     """Where the tokens of each expert are: anywhere, or one expert's after the other's."""
     if token_N is not None:
         return token_N.split(counts)
-    ends = list(accumulate(counts))
-    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+    return [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
-def _gather(x_TH: Tensor, place: Tensor | slice) -> Tensor:
-    return x_TH[place] if isinstance(place, slice) else x_TH.index_select(0, place)
+def _gather(x_TH: Tensor, place: Tensor | slice, out_nH: Tensor) -> Tensor:
+    """An expert's rows: a view where they are together, otherwise copied to ``out_nH``."""
+    return x_TH[place] if isinstance(place, slice) else torch.index_select(x_TH, 0, place, out=out_nH)
 
 
 def _add(total_TH: Tensor, place: Tensor | slice, part_nH: Tensor) -> None:

@@ -51,12 +51,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight_H, inverse_rms = ctx.saved_tensors
-        dtype, size = inverse_rms.dtype, hidden.shape[-1]
-        hidden, grad, weight_H = hidden.to(dtype), grad.to(dtype), weight_H.to(dtype)
+        dtype, wide, size = hidden.dtype, inverse_rms.dtype, hidden.shape[-1]
+        hidden, grad, weight_H = hidden.to(wide), grad.to(wide), weight_H.to(wide)
         product = grad * hidden
-        grad_weight_H = inverse_rms.flatten() @ product.view(-1, size)
-        along_hidden = (product.view(-1, size) @ weight_H).view(inverse_rms.shape)
+        grad_weight_H = inverse_rms.flatten() @ product.reshape(-1, size)
+        along_hidden = (product.reshape(-1, size) @ weight_H).view(inverse_rms.shape)
         shift = along_hidden.mul_(inverse_rms.pow(3)).div_(size)
         grad_hidden = torch.mul(grad, weight_H, out=product).mul_(inverse_rms).addcmul_(hidden, shift, value=-1)
-        dtype = ctx.saved_tensors[0].dtype
         return grad_hidden.to(dtype), grad_weight_H.to(dtype), None

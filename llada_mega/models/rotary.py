@@ -21,9 +21,14 @@ def rotary_angles(position_ids_BS: Tensor, model: ModelConfig, dtype: torch.dtyp
 
 
 def rotary_factors(position_ids_BS: Tensor, model: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """``[2, S, B, 1, h]`` for :func:`rotate`, in ``dtype``: cosines and sines of the angles, once for all layers."""
+    """``[S, B, 1, D + h]`` for :func:`rotate`, in ``dtype``, once for all layers.
+
+    First what each channel keeps of itself, the cosines of the angles twice and ones, then the sines.
+    """
     angles_SB1h = _angles(position_ids_BS, model, dtype)
-    return torch.stack([angles_SB1h.cos(), angles_SB1h.sin()]).to(dtype)
+    cos = angles_SB1h.cos()
+    ones = cos.new_ones(*cos.shape[:-1], model.head_dim - 2 * cos.shape[-1])
+    return torch.cat([cos, cos, ones, angles_SB1h.sin()], dim=-1).to(dtype)
 
 
 def rotate(x_SBND: Tensor, factors: Tensor) -> Tensor:
@@ -37,24 +42,20 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SBND: Tensor, factors: Tensor) -> Tensor:
         ctx.save_for_backward(factors)
-        cos, sin = factors
-        return _turned(x_SBND, cos, sin)
+        return _turned(x_SBND, factors, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SBND: Tensor) -> tuple[Tensor, None]:
-        cos, sin = ctx.saved_tensors[0]
-        return _turned(grad_SBND, cos, -sin), None
+        return _turned(grad_SBND, ctx.saved_tensors[0], -1), None
 
 
-def _turned(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    result_SBND = torch.empty_like(x_SBND, memory_format=torch.contiguous_format)
-    first, second, rest = x_SBND.tensor_split([half, 2 * half], dim=-1)
-    new_first, new_second, new_rest = result_SBND.tensor_split([half, 2 * half], dim=-1)
-    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
-    new_rest.copy_(rest)
+def _turned(x_SBND: Tensor, factors: Tensor, direction: int) -> Tensor:
+    kept, sin = factors.tensor_split([x_SBND.shape[-1]], dim=-1)
+    half = sin.shape[-1]
+    result_SBND = x_SBND * kept
+    result_SBND[..., :half].addcmul_(x_SBND[..., half : 2 * half], sin, value=-direction)
+    result_SBND[..., half : 2 * half].addcmul_(x_SBND[..., :half], sin, value=direction)
     return result_SBND
 
 
