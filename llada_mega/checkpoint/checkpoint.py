@@ -7,7 +7,7 @@
       tokenizer/            tokenizer.json and its companions, when there is a tokenizer
       state.json            step, consumed samples, curriculum, callback states, optimizer step
       tensors/              see storage.py
-      COMPLETE              written last: format, number of parts, SHA-256 of the small files
+      COMPLETE              written last: format, SHA-256 of the small files and of that list
 
 Everything is first written to ``.step_00000100.partial`` and renamed when the marker is in place, so that a directory
 without a leading dot is complete, whenever the writer was killed.
@@ -15,6 +15,7 @@ without a leading dot is complete, whenever the writer was killed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.directory import recover
 from llada_mega.config.model import ModelConfig, MoEConfig
+from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
 
 FORMAT = 1
@@ -58,7 +60,7 @@ def is_complete(directory: Path) -> bool:
         for path in _indexes(directory, marker):
             if path.with_suffix(".safetensors").stat().st_size != read_json(path)["bytes"]:
                 return False
-    except (CheckpointError, OSError, KeyError, TypeError):
+    except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
         return False
     return True
 
@@ -69,8 +71,11 @@ def verify(directory: Path) -> list[str]:
         marker = read_json(directory / MARKER)
     except CheckpointError as error:
         return [str(error)]
-    if marker.get("format") != FORMAT:
-        return [f"{MARKER} says format {marker.get('format')}; this version reads format {FORMAT}"]
+    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+        found = marker.get("format") if isinstance(marker, dict) else marker
+        return [f"{MARKER} says format {found}; this version reads format {FORMAT}"]
+    if marker.get("sha256") != marker_digest(marker.get("files")):
+        return [f"{MARKER} has another checksum than when it was written"]
     problems = []
     for name, digest in marker["files"].items():
         path = directory / name
@@ -91,8 +96,13 @@ def verify(directory: Path) -> list[str]:
     return problems
 
 
+def marker_digest(files: Any) -> str:
+    """SHA-256 of the marker's list of files and their checksums."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def _indexes(directory: Path, marker: dict[str, Any]) -> list[Path]:
-    return [storage.part_path(directory, part).with_suffix(".json") for part in range(marker["parts"])]
+    return [directory / name for name in sorted(marker["files"]) if name.startswith(f"{storage.TENSOR_DIRECTORY}/")]
 
 
 def remove_checkpoint(directory: Path) -> None:
@@ -146,6 +156,19 @@ def tokenizer_directory(directory: Path) -> Path | None:
     """The tokenizer inside a checkpoint, or None."""
     path = directory / TOKENIZER_DIRECTORY
     return path if (path / "tokenizer.json").is_file() else None
+
+
+def tokenizer_files(directory: Path) -> dict[str, str]:
+    """File name -> text of the tokenizer inside a checkpoint; empty when it has none."""
+    tokenizer = tokenizer_directory(directory)
+    if tokenizer is None:
+        return {}
+    return {name: (tokenizer / name).read_text("utf-8") for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
+
+
+def marker_of(directory: Path) -> str:
+    """SHA-256 of a checkpoint's marker: changes whenever a byte of the checkpoint does."""
+    return storage.sha256(directory / MARKER)
 
 
 def load_model_weights(directory: Path, *models: MegatronModule) -> None:

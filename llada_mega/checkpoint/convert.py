@@ -6,6 +6,7 @@ interrupted, and the same command goes on from there.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,18 +16,16 @@ from torch import Tensor
 
 from llada_mega import __version__
 from llada_mega.checkpoint import checkpoint as checkpoints
-from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.directory import NewDirectory, check_output, recover
 from llada_mega.checkpoint.gguf import import_gguf
 from llada_mega.checkpoint.hf import CHECKSUMS, CONFIG, import_hf, parse_size, plan_weights, seal_hf, verify_hf
 from llada_mega.checkpoint.hf_config import DTYPES, render_config, render_generation_config
 from llada_mega.checkpoint.mask_token import ensure_mask_token
-from llada_mega.checkpoint.save import seal
+from llada_mega.checkpoint.save import write_checkpoint
 from llada_mega.checkpoint.source import SourceModel
-from llada_mega.checkpoint.streaming import Progress, no_progress, write_files
-from llada_mega.checkpoint.weights import WeightReader, plan_parts
+from llada_mega.checkpoint.streaming import Progress, agree_on_plan, no_progress, write_files
+from llada_mega.checkpoint.weights import WeightReader
 from llada_mega.config.model import ModelConfig
-from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
 from llada_mega.models.hf_mapping import ModelTensor, model_tensors, to_hf, to_local
 from llada_mega.parallel.workers import ALONE, Workers
@@ -86,23 +85,24 @@ def import_model(
     check_output(output, is_ours=overwrite and (output / checkpoints.MODEL_FILE).is_file())
     opened = ensure_mask_token(open_source(source, cache_dir), mask_token_id)
     stored_dtype = _dtype(dtype, opened.dtype)
-    new = NewDirectory(output)
-    if workers.is_first:
-        files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in opened.files}
-        plan = {"import": files, "dtype": str(stored_dtype), "mask_token_id": opened.config.mask_token_id}
-        new.start(plan | {"llada_mega": __version__})
-        if opened.tokenizer_files:
-            write_tokenizer(opened, new.partial / checkpoints.TOKENIZER_DIRECTORY)
-        (new.partial / storage.TENSOR_DIRECTORY).mkdir(exist_ok=True)
-    workers.barrier()
-    parts = plan_parts(new.partial, opened.config, stored_dtype, partial(_local, opened))
-    write_files(parts, workers, progress(sum(part.nbytes for part in parts)))
-    if workers.is_first:
-        try:
-            seal(new, opened.config, {"source": source.name}, len(parts))
-        except OSError as error:
-            raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
-    workers.barrier()
+    plan = {
+        "import": {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in opened.files},
+        "model": dataclasses.asdict(opened.config),
+        "dtype": str(stored_dtype),
+        "tokenizer": opened.tokenizer_files,
+        "llada_mega": __version__,
+    }
+    write_checkpoint(
+        output,
+        plan,
+        opened.config,
+        stored_dtype,
+        partial(_local, opened),
+        state={"source": source.name},
+        tokenizer_files=opened.tokenizer_files,
+        workers=workers,
+        progress=progress,
+    )
     return list(opened.notes)
 
 
@@ -126,12 +126,12 @@ def export_model(
 
     Args:
         checkpoint: a checkpoint or a run (its newest checkpoint).
-        output: the directory; must not exist or be empty, or with ``overwrite`` be a Hugging Face directory.
+        output: the directory; must not exist or be empty, or with ``overwrite`` be an export.
         block_size: decoding block to write into the configuration.
         dtype: of the exported weights; default that of the checkpoint. Expert biases are float32.
         max_shard_size: bytes, or for example ``5GB``.
         experts: ``separate``, the published form; or ``stacked``, one tensor for all experts of a layer.
-        overwrite: replace a Hugging Face directory at ``output``, once the new one is whole.
+        overwrite: replace what an export has written to ``output``, once the new directory is whole.
         workers: the processes that share the work; each calls this.
         progress: shows bytes.
     Returns:
@@ -141,7 +141,9 @@ def export_model(
         ConfigError: the model has no Hugging Face form.
     """
     recover(output)
-    check_output(output, is_ours=overwrite and (output / CONFIG).is_file())
+    check_output(output, is_ours=overwrite and (output / CHECKSUMS).is_file())
+    if block_size is not None and block_size < 1:
+        raise CheckpointError(f"block_size={block_size} must be at least 1")
     if experts not in EXPERTS:
         raise CheckpointError(f"experts={experts} is unknown; use {' or '.join(EXPERTS)}")
     checkpoint = checkpoints.resolve_checkpoint(checkpoint)
@@ -150,17 +152,21 @@ def export_model(
     written_dtype, stacked, limit = _dtype(dtype, reader.dtype), experts == "stacked", parse_size(max_shard_size)
     read = _hf_pieces(reader, config)
     content = render_config(config, written_dtype, block_size, stacked_experts=stacked)
+    generation = render_generation_config(config, block_size)
+    plan = {
+        "export": checkpoints.marker_of(checkpoint),
+        "config": content,
+        "max_shard_size": limit,
+        "llada_mega": __version__,
+    }
     new = NewDirectory(output)
     if workers.is_first:
-        marker = storage.sha256(checkpoint / checkpoints.MARKER)
-        options = [str(written_dtype), limit, experts, block_size, __version__]
-        new.start({"export": str(checkpoint), "marker": marker, "options": options})
-    workers.barrier()
+        new.start(plan)
+    agree_on_plan(new, plan, workers)
     files = plan_weights(new.partial, config, read, dtype=written_dtype, max_shard_size=limit, stacked_experts=stacked)
-    write_files(files, workers, progress(sum(file.nbytes for file in files)))
+    write_files(files, workers, progress)
     if workers.is_first:
-        generation = render_generation_config(config, block_size)
-        seal_hf(new, files, config, content, generation, _tokenizer_files(checkpoint))
+        seal_hf(new, files, config, content, generation, checkpoints.tokenizer_files(checkpoint))
     workers.barrier()
     if config.architecture != "llada2_moe":
         return []
@@ -195,13 +201,6 @@ def verify_model(path: Path) -> tuple[Path, list[str]]:
         return path, verify_hf(path)
     resolved = checkpoints.resolve_checkpoint(path)
     return resolved, checkpoints.verify(resolved)
-
-
-def _tokenizer_files(checkpoint: Path) -> dict[str, str]:
-    tokenizer = checkpoints.tokenizer_directory(checkpoint)
-    if tokenizer is None:
-        return {}
-    return {name: (tokenizer / name).read_text("utf-8") for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
 
 
 def _dtype(name: str | None, default: torch.dtype) -> torch.dtype:

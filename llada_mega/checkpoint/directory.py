@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from llada_mega.errors import CheckpointError
+
+_ATTEMPTS = 3  # to publish, while a reader puts the older directory back
 
 
 class NewDirectory:
@@ -19,55 +22,70 @@ class NewDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.absolute()  # "." has no name
         self.partial = path.with_name(f".{path.name}.partial")
         self.plan = self.partial / "plan.json"
 
-    def start(self, plan: dict[str, Any] | None = None) -> bool:
+    def start(self, plan: dict[str, Any] | None = None) -> None:
         """Make the partial directory; keep what is in it when it was begun with the same ``plan``.
 
-        Returns:
-            whether something was kept.
         Raises:
             CheckpointError: it cannot be written.
         """
         recover(self.path)
         try:
-            if plan is not None and self._begun_with(plan):
-                return True
+            if plan is not None and self.is_begun_with(plan):
+                for unfinished in self.partial.rglob(".*.tmp"):
+                    unfinished.unlink()
+                return
             self.discard()
             self.partial.mkdir(parents=True)
             if plan is not None:
                 write_json(self.plan, plan)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
-        return False
+
+    def is_begun_with(self, plan: dict[str, Any]) -> bool:
+        """True when :meth:`start` was called with an equal ``plan``, by whichever process."""
+        try:
+            return json.loads(self.plan.read_text()) == json.loads(json.dumps(plan))
+        except (OSError, ValueError):
+            return False
 
     def publish(self) -> None:
         """Give the directory its name, in place of an older one. Raises OSError."""
         self.plan.unlink(missing_ok=True)
         replaced = _replaced(self.path)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self.path.exists():
-            self.path.replace(replaced)
-        self.partial.replace(self.path)
+        for attempt in range(1, _ATTEMPTS + 1):
+            shutil.rmtree(replaced, ignore_errors=True)
+            if self.path.exists():
+                self.path.replace(replaced)
+            try:
+                self.partial.replace(self.path)
+                break
+            except OSError:
+                if attempt == _ATTEMPTS or not self.path.exists():
+                    raise
         shutil.rmtree(replaced, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _begun_with(self, plan: dict[str, Any]) -> bool:
-        try:
-            return json.loads(self.plan.read_text()) == json.loads(json.dumps(plan))
-        except (OSError, ValueError):
-            return False
-
 
 def recover(path: Path) -> None:
-    """Put an older directory back that a process has set aside when it died before the new one had the name."""
-    if not path.exists() and _replaced(path).is_dir():
-        _replaced(path).replace(path)
+    """Mend what a process has left that died while it gave a directory its name.
+
+    The older directory comes back when the new one had not got the name yet, and goes when it had.
+    """
+    replaced = _replaced(path.absolute())
+    if not replaced.is_dir():
+        return
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):  # another process does the same
+        replaced.replace(path)
 
 
 def check_output(path: Path, *, is_ours: bool) -> None:

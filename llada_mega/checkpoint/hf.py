@@ -43,6 +43,10 @@ def import_hf(directory: Path) -> SourceModel:
     config = parse_config(content, str(directory / CONFIG))
     reader = _Reader(directory)
     extra_layers = content.get("num_nextn_predict_layers") or 0
+    if not isinstance(extra_layers, int) or isinstance(extra_layers, bool):
+        raise CheckpointError(
+            f"{directory / CONFIG}: num_nextn_predict_layers={extra_layers!r} must be a number of layers"
+        )
     is_stacked, notes = check_shapes(config, reader.shapes, directory, extra_layers=extra_layers)
     dtype = _dtype(directory, reader.dtypes)
     embedding, output = vocabulary_names(config)
@@ -138,6 +142,14 @@ def _weight_map(directory: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), WEIGHTS)
 
 
+def _weight_files(directory: Path) -> set[str]:
+    """Files that the weights should be in; the index alone when it cannot be read."""
+    try:
+        return set(_weight_map(directory).values())
+    except CheckpointError:
+        return {WEIGHTS_INDEX if (directory / WEIGHTS_INDEX).is_file() else WEIGHTS}
+
+
 def _read_headers(directory: Path, shards: dict[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shape and dtype of every tensor that the files hold."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -167,7 +179,7 @@ def parse_size(size: int | str) -> int:
     unit = next((unit for unit in sorted(_SIZE_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
     try:
         size_bytes = int(float(text.removesuffix(unit)) * _SIZE_UNITS.get(unit, 1))
-    except ValueError:
+    except (ValueError, OverflowError):
         size_bytes = 0
     if size_bytes <= 0:
         raise CheckpointError(f"max_shard_size={size!r} is no size; write 5GB or 500MB")
@@ -250,13 +262,14 @@ def seal_hf(
             (new.partial / name).write_text(text, "utf-8")
         checksums = {file.path.name: json.loads(file.sidecar.read_text())["sha256"] for file in files}
         check_shapes(config, _Reader(new.partial).shapes, new.path)
-        for file in files:
-            file.sidecar.unlink()
+        sidecars = {file.sidecar for file in files}
         for path in new.partial.iterdir():
-            if path.name not in checksums and path != new.plan:
+            if path.name not in (*checksums, CHECKSUMS) and path not in (*sidecars, new.plan):
                 checksums[path.name] = sha256(path)
         lines = [f"{digest}  {name}\n" for name, digest in sorted(checksums.items())]
         (new.partial / CHECKSUMS).write_text("".join(lines))
+        for sidecar in sidecars:
+            sidecar.unlink()
         new.publish()
     except OSError as error:
         raise CheckpointError(f"cannot write {new.path}: {error.strerror or error}") from error
@@ -271,9 +284,10 @@ def verify_hf(directory: Path) -> list[str]:
     path = directory / CHECKSUMS
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {CHECKSUMS}; only directories that convert export wrote have it")
-    problems = []
-    for line in path.read_text("utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+    lines = [line.partition("  ") for line in path.read_text("utf-8").splitlines()]
+    listed, expected = {name for _, _, name in lines}, {CONFIG, *_weight_files(directory)}
+    problems = [f"{name} is not listed in {CHECKSUMS}" for name in sorted(expected - listed)]
+    for digest, _, name in lines:
         if Path(name).name != name or not (directory / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256(directory / name) != digest:

@@ -32,7 +32,7 @@ CLASSES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "llada2_moe")
 # Keys of ModelConfig that say how a model is run or trained, not what it is.
-_NOT_THE_MODEL = ("model.attention_backend", "model.implementation", "model.moe.bias_update_rate")
+HOW_NOT_WHAT = {"model.attention_backend", "model.implementation", "model.moe.bias_update_rate"}
 
 
 def parse_config(content: dict[str, Any], location: str) -> ModelConfig:
@@ -169,7 +169,7 @@ def _keys(config: ModelConfig) -> dict[str, Any]:
     moe = values.pop("moe") if config.is_moe else {"num_experts": values.pop("moe")["num_experts"]}
     keys = {f"model.moe.{name}": value for name, value in moe.items()}
     keys |= {f"model.{name}": value for name, value in values.items()}
-    return {key: value for key, value in keys.items() if key not in _NOT_THE_MODEL}
+    return {key: value for key, value in keys.items() if key not in HOW_NOT_WHAT}
 
 
 def render_generation_config(config: ModelConfig, block_size: int | None = None) -> dict[str, Any]:

@@ -14,24 +14,26 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llada_mega import __version__
 from llada_mega.checkpoint.checkpoint import (
     MODEL_FILE,
-    TOKENIZER_DIRECTORY,
     list_checkpoints,
+    marker_of,
     read_model_config,
     read_state,
     resolve_checkpoint,
-    tokenizer_directory,
+    tokenizer_files,
 )
-from llada_mega.checkpoint.directory import NewDirectory, check_output, recover
-from llada_mega.checkpoint.save import copy_tokenizer, seal
-from llada_mega.checkpoint.storage import TENSOR_DIRECTORY
-from llada_mega.checkpoint.streaming import Progress, no_progress, write_files
-from llada_mega.checkpoint.weights import WeightReader, piece_bounds, plan_parts
+from llada_mega.checkpoint.directory import check_output, recover
+from llada_mega.checkpoint.hf_config import HOW_NOT_WHAT
+from llada_mega.checkpoint.save import write_checkpoint
+from llada_mega.checkpoint.streaming import Progress, no_progress
+from llada_mega.checkpoint.weights import WeightReader, piece_bounds
 from llada_mega.config.model import ModelConfig
 from llada_mega.diffusion.curriculum import Curriculum
 from llada_mega.errors import CheckpointError
@@ -44,7 +46,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "1-sqrt": lambda x: 1.0 - math.sqrt(x),
     "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
 }
-LAST_STAGE, ALL_STAGES = "last", "all"
+LAST_STAGE, ALL_STAGES, NEWEST_STAGE = "last", "all", "newest"
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,29 @@ class Candidate:
     score: float
 
 
-def rank_checkpoints(run: Path, metric: str, stage: str = LAST_STAGE) -> list[Candidate]:
-    """The complete checkpoints of a run that were validated, best first.
+def find_candidates(root: Path, metric: str, stage: str = LAST_STAGE) -> list[Candidate]:
+    """The complete checkpoints in a directory that were validated in a stage, best first; perhaps none.
 
     Args:
-        run: a run, or its directory of checkpoints.
+        root: a run's directory of checkpoints.
         metric: name of a validation metric; of an accuracy the largest value is the best, of all others the smallest.
-        stage: name of a stage of the curriculum, ``last`` or ``all``.
+        stage: name of a stage of the curriculum, ``last``, ``all``, or ``newest``: that of the newest checkpoint.
+    """
+    found: list[Candidate] = []
+    states = [(path, state) for path in list_checkpoints(root) if "train" in (state := read_state(path))]
+    for path, state in states:
+        curriculum = Curriculum.from_json(state["curriculum"])
+        wanted = {LAST_STAGE: curriculum.stages[-1].name, NEWEST_STAGE: _stage_of(states[-1][1])}.get(stage, stage)
+        score = state.get("metrics", {}).get(metric, math.nan)
+        if math.isfinite(score) and (stage == ALL_STAGES or _stage_of(state) == wanted):
+            found.append(Candidate(path, state["train"]["step"], score))
+    sign = -1.0 if metric.endswith("/accuracy") else 1.0
+    return sorted(found, key=lambda candidate: (sign * candidate.score, -candidate.step))
+
+
+def rank_checkpoints(run: Path, metric: str, stage: str = LAST_STAGE) -> list[Candidate]:
+    """:func:`find_candidates` of a run, or of its directory of checkpoints.
+
     Raises:
         CheckpointError: nothing there, an unknown stage, or no checkpoint that has the metric.
     """
@@ -73,25 +91,21 @@ def rank_checkpoints(run: Path, metric: str, stage: str = LAST_STAGE) -> list[Ca
     states = [read_state(path) for path in paths]
     if "train" not in states[-1]:
         raise CheckpointError(f"{run} is no run: its checkpoints hold no training state")
-    curriculum = Curriculum.from_json(states[-1]["curriculum"])
-    names = [entry.name for entry in curriculum.stages]
-    wanted = names[-1] if stage == LAST_STAGE else stage
-    if stage != ALL_STAGES and wanted not in names:
+    names = [entry.name for entry in Curriculum.from_json(states[-1]["curriculum"]).stages]
+    if stage not in (LAST_STAGE, ALL_STAGES, *names):
         raise CheckpointError(f"stage={stage} is no stage of {run}; use {LAST_STAGE}, {ALL_STAGES}, {', '.join(names)}")
-    found: list[Candidate] = []
-    known: set[str] = set()
-    for path, state in zip(paths, states, strict=True):
-        train, metrics = state["train"], state.get("metrics", {})
-        known |= {name for name in metrics if name.startswith("valid/")}
-        trained = curriculum.stage_at(max(0, train["consumed_samples"] - 1)).name  # of the last sample before it
-        score = metrics.get(metric, math.nan)
-        if math.isfinite(score) and (stage == ALL_STAGES or trained == wanted):
-            found.append(Candidate(path, train["step"], score))
+    found = find_candidates(root, metric, stage)
     if not found:
-        hint = f"the checkpoints have {', '.join(sorted(known))}" if known else "no checkpoint was made at a validation"
+        known = sorted({name for state in states for name in state.get("metrics", {}) if name.startswith("valid/")})
+        hint = f"the checkpoints have {', '.join(known)}" if known else "no checkpoint was made at a validation"
         raise CheckpointError(f"{run}: no checkpoint of stage={stage} has metric={metric}; {hint}")
-    sign = -1.0 if metric.endswith("/accuracy") else 1.0
-    return sorted(found, key=lambda candidate: (sign * candidate.score, -candidate.step))
+    return found
+
+
+def _stage_of(state: dict[str, Any]) -> str:
+    """Name of the stage that the last sample before a checkpoint belonged to."""
+    consumed = state["train"]["consumed_samples"]
+    return Curriculum.from_json(state["curriculum"]).stage_at(max(0, consumed - 1)).name
 
 
 def best_checkpoints(run: Path, k: int, metric: str, stage: str = LAST_STAGE) -> list[Candidate]:
@@ -115,7 +129,7 @@ def merge_weights(kind: str | Sequence[float], count: int) -> list[float]:
         CheckpointError: an unknown name, or not one positive sum of as many weights.
     """
     if not isinstance(kind, str):
-        total = math.fsum(kind)
+        total = math.fsum(kind) if all(map(math.isfinite, kind)) else math.nan
         if len(kind) != count or not math.isfinite(total) or total <= 0:
             raise CheckpointError(f"weights={list(kind)} must be {count} numbers with a positive sum")
         return [weight / total for weight in kind]
@@ -164,23 +178,19 @@ def merge_checkpoints(
     readers = [WeightReader(path, config, masters=masters) for path in checkpoints]
     if len({reader.dtype for reader in readers}) > 1:
         raise CheckpointError(f"the checkpoints have weights of several dtypes: {[str(r.dtype) for r in readers]}")
-    new = NewDirectory(output)
     merged = {"checkpoints": [str(path) for path in checkpoints], "weights": shares, "float32": masters}
-    if workers.is_first:
-        new.start({"merge": merged})
-        tokenizer = tokenizer_directory(checkpoints[-1])
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, new.partial / TOKENIZER_DIRECTORY)
-        (new.partial / TENSOR_DIRECTORY).mkdir(exist_ok=True)
-    workers.barrier()
-    parts = plan_parts(new.partial, config, readers[0].dtype, partial(_average, readers, shares))
-    write_files(parts, workers, progress(sum(part.nbytes for part in parts)))
-    if workers.is_first:
-        try:
-            seal(new, config, {"merged": merged | dict(origin or {})}, len(parts))
-        except OSError as error:
-            raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
-    workers.barrier()
+    merged |= {"markers": [marker_of(path) for path in checkpoints]}
+    write_checkpoint(
+        output,
+        {"merge": merged, "llada_mega": __version__},
+        config,
+        readers[0].dtype,
+        partial(_average, readers, shares),
+        state={"merged": merged | dict(origin or {})},
+        tokenizer_files=tokenizer_files(checkpoints[-1]),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _average(readers: Sequence[WeightReader], shares: Sequence[float], tensor: ModelTensor) -> Iterator[Tensor]:
@@ -193,12 +203,19 @@ def _average(readers: Sequence[WeightReader], shares: Sequence[float], tensor: M
 
 def _common_config(checkpoints: Sequence[Path]) -> ModelConfig:
     """The model of all checkpoints. Raises CheckpointError when they differ."""
-    first, *others = (dataclasses.asdict(read_model_config(path)) for path in checkpoints)
+    first, *others = (_flat(dataclasses.asdict(read_model_config(path))) for path in checkpoints)
     for path, other in zip(checkpoints[1:], others, strict=True):
-        for key in first.keys() - {"attention_backend", "implementation"}:
+        for key in sorted(first.keys() - HOW_NOT_WHAT):
             if first[key] != other[key]:
                 raise CheckpointError(
                     f"{checkpoints[0]} and {path} hold different models: {key} is {first[key]} and {other[key]}; "
                     f"only checkpoints of one model can be averaged"
                 )
     return read_model_config(checkpoints[-1])
+
+
+def _flat(fields: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
+    return found

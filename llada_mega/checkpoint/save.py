@@ -5,16 +5,30 @@ from __future__ import annotations
 import dataclasses
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llada_mega.checkpoint import storage
-from llada_mega.checkpoint.checkpoint import FORMAT, MARKER, MODEL_FILE, STATE_FILE, TOKENIZER_DIRECTORY
+from llada_mega.checkpoint.checkpoint import (
+    FORMAT,
+    MARKER,
+    MODEL_FILE,
+    STATE_FILE,
+    TOKENIZER_DIRECTORY,
+    marker_digest,
+)
 from llada_mega.checkpoint.directory import NewDirectory, write_json
+from llada_mega.checkpoint.streaming import Progress, agree_on_plan, write_files
+from llada_mega.checkpoint.weights import plan_parts
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
+from llada_mega.models.hf_mapping import ModelTensor
+from llada_mega.parallel.workers import Workers
 
 
 class CheckpointWrite:
@@ -69,7 +83,7 @@ class CheckpointWrite:
         try:
             if tokenizer_dir is not None:
                 copy_tokenizer(tokenizer_dir, self._new.partial / TOKENIZER_DIRECTORY)
-            seal(self._new, model_config, state, self.world_size)
+            seal(self._new, model_config, state)
         except OSError as error:
             raise CheckpointError(f"checkpoint {self.directory} was not written: {error.strerror or error}") from error
 
@@ -79,17 +93,56 @@ class CheckpointWrite:
             self._new.discard()
 
 
-def seal(new: NewDirectory, model_config: ModelConfig, state: dict[str, Any], parts: int) -> None:
-    """Complete a directory that has its tensors, and its tokenizer if any, and give it its name. Raises OSError.
+def write_checkpoint(
+    output: Path,
+    plan: dict[str, Any],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    make: Callable[[ModelTensor], Iterable[Tensor]],
+    *,
+    state: dict[str, Any],
+    tokenizer_files: dict[str, str],
+    workers: Workers,
+    progress: Progress,
+) -> None:
+    """Write a checkpoint without a model, tensor by tensor; collective over ``workers``.
 
     Args:
-        parts: number of files of tensors.
+        output: the directory; whatever is there is replaced once the new one is whole.
+        plan: JSON values that fix every byte; an interrupted write with an equal plan goes on.
+        dtype: of the weights.
+        make: pieces that, one after the other along the first axis, are a tensor.
+        state: content of ``state.json``.
+        tokenizer_files: file name -> text.
+    Raises:
+        CheckpointError: it cannot be written, or the processes do not mean the same checkpoint.
     """
+    new = NewDirectory(output)
+    try:
+        if workers.is_first:
+            new.start(plan)
+            (new.partial / storage.TENSOR_DIRECTORY).mkdir(exist_ok=True)
+        agree_on_plan(new, plan, workers)
+        write_files(plan_parts(new.partial, config, dtype, make), workers, progress)
+        if workers.is_first:
+            tokenizer = new.partial / TOKENIZER_DIRECTORY
+            shutil.rmtree(tokenizer, ignore_errors=True)
+            for name, text in tokenizer_files.items():
+                tokenizer.mkdir(exist_ok=True)
+                (tokenizer / name).write_text(text, "utf-8")
+            seal(new, config, state)
+        workers.barrier()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+def seal(new: NewDirectory, model_config: ModelConfig, state: dict[str, Any]) -> None:
+    """Complete a directory that has its tensors, and its tokenizer if any, and give it its name. Raises OSError."""
     write_json(new.partial / MODEL_FILE, dataclasses.asdict(model_config))
     write_json(new.partial / STATE_FILE, state)
     small = [path for path in new.partial.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
     files = {str(path.relative_to(new.partial)): storage.sha256(path) for path in sorted(small) if path != new.plan}
-    write_json(new.partial / MARKER, {"format": FORMAT, "parts": parts, "files": files})
+    write_json(new.partial / MARKER, {"format": FORMAT, "files": files, "sha256": marker_digest(files)})
     new.publish()
 
 

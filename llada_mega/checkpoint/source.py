@@ -76,5 +76,6 @@ def check_shapes(
             dropped.add(int(layer[1]))
         elif name not in expected and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
             raise CheckpointError(f"{location}: tensor {name} has no place in a {config.architecture} model")
-    notes = (f"{len(dropped)} layers for multi-token prediction are left out",) if dropped else ()
+    layers = "a layer" if len(dropped) == 1 else f"{len(dropped)} layers"
+    notes = (f"left out: {layers} for multi-token prediction",) if dropped else ()
     return is_stacked, notes

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llada_mega.checkpoint.directory import NewDirectory
 from llada_mega.errors import CheckpointError
 from llada_mega.parallel.workers import Workers
 
@@ -99,39 +100,51 @@ def split_by_size(tensors: Iterable[PlannedTensor], max_bytes: int) -> list[list
     return files
 
 
-def write_files(files: Sequence[PlannedFile], workers: Workers, advance: Advance = lambda count: None) -> None:
-    """Write this process's share of the files, leaving out those that are whole; wait for the others.
+def agree_on_plan(new: NewDirectory, plan: dict[str, Any], workers: Workers) -> None:
+    """Wait until the first process has started ``new``; refuse to go on when it meant something else.
 
-    Args:
-        advance: called with numbers of bytes of values that are done.
     Raises:
-        CheckpointError: no room on the disk, or it cannot be written.
+        CheckpointError: the processes see different sources or options.
     """
-    _check_room(files, workers)
-    for index, file in enumerate(files):
-        if index % workers.size != workers.rank:
-            continue
-        if file.is_written():
-            advance(file.nbytes)
-        else:
-            _write_file(file, advance)
+    workers.barrier()
+    if not new.is_begun_with(plan):
+        raise CheckpointError(
+            f"{new.path}: process {workers.rank} found other sources or options than the first process; "
+            f"start again when nothing changes them"
+        )
     workers.barrier()
 
 
-def _check_room(files: Sequence[PlannedFile], workers: Workers) -> None:
-    missing = sum(file.nbytes for file in files if not file.is_written())
-    folder = files[0].path.parent
-    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in folder.glob(".*.tmp"))
+def write_files(files: Sequence[PlannedFile], workers: Workers, progress: Progress = no_progress) -> None:
+    """Write this process's share of the files, leaving out those that are whole; wait for the others.
+
+    Args:
+        progress: is told the bytes of values that this process has to write, then what is done of them.
+    Raises:
+        CheckpointError: no room on the disk, or it cannot be written.
+    """
+    missing = [file for file in files if not file.is_written()]
+    _check_room(missing, files[0].path.parent)
+    mine = [file for index, file in enumerate(files) if index % workers.size == workers.rank and file in missing]
     workers.barrier()  # all have looked before the first one writes
-    if missing > free:
+    advance = progress(sum(file.nbytes for file in mine))
+    for file in mine:
+        _write_file(file, advance)
+    workers.barrier()
+
+
+def _check_room(missing: Sequence[PlannedFile], folder: Path) -> None:
+    needed = sum(file.nbytes for file in missing)
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in folder.glob(".*.tmp"))
+    if needed > free:
         raise CheckpointError(
-            f"{folder}: {missing / 2**30:.2f} GiB are to be written, the disk has {free / 2**30:.2f} GiB free; "
+            f"{folder}: {needed / 2**30:.2f} GiB are to be written, the disk has {free / 2**30:.2f} GiB free; "
             f"free some space or choose another output"
         )
 
 
 def _write_file(file: PlannedFile, advance: Advance) -> None:
-    temporary = file.path.with_name(f".{file.path.name}.tmp")
+    temporary = file.path.with_name(f".{file.path.name}.{os.getpid()}.tmp")
     try:
         size, digest = _write_tensors(temporary, file.tensors, advance)
         temporary.replace(file.path)

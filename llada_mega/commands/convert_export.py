@@ -31,7 +31,7 @@ def run(options: ConvertExportOptions) -> int:
     from llada_mega.parallel.workers import Workers
 
     workers = Workers.from_launcher()
-    with bytes_progress("exporting", shares=workers.size, enabled=workers.is_first) as progress:
+    with bytes_progress("exporting", enabled=workers.is_first) as progress:
         notes = export_model(
             Path(options.checkpoint),
             Path(options.output),

@@ -29,7 +29,7 @@ def run(options: ConvertImportOptions) -> int:
     from llada_mega.parallel.workers import Workers
 
     workers = Workers.from_launcher()
-    with bytes_progress("importing", shares=workers.size, enabled=workers.is_first) as progress:
+    with bytes_progress("importing", enabled=workers.is_first) as progress:
         notes = import_model(
             Path(options.hf),
             Path(options.output),

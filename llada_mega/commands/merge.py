@@ -54,7 +54,7 @@ def run(options: MergeOptions) -> int:
     if workers.is_first:
         for label, weight in zip(labels, merge_weights(options.weights, len(paths)), strict=True):
             print(f"{weight:7.4f}  {label}")
-    with bytes_progress("merging", shares=workers.size, enabled=workers.is_first) as progress:
+    with bytes_progress("merging", enabled=workers.is_first) as progress:
         merge_checkpoints(
             paths,
             Path(options.output),

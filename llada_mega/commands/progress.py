@@ -14,22 +14,19 @@ _LOG_SECONDS = 30.0
 
 
 @contextmanager
-def bytes_progress(action: str, *, shares: int = 1, enabled: bool = True) -> Iterator[Callable[[int], Callable]]:
-    """Yields a function that takes the number of bytes in all and returns one that counts the bytes done.
+def bytes_progress(action: str, *, enabled: bool = True) -> Iterator[Callable[[int], Callable]]:
+    """Yields a function that takes the bytes that this process has to write and returns one that counts those done.
 
     Args:
         action: what is done, in a word.
-        shares: so many processes share the work, and this one shows its own part.
         enabled: False shows nothing.
     """
     console = Console(stderr=True, quiet=not enabled)
-    text = TextColumn(action if shares == 1 else f"{action} (this process's share)")
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(action), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
 
         def begin(total_bytes: int) -> Callable[[int], None]:
-            total = total_bytes // shares
-            task = bar.add_task("", total=total)
+            task = bar.add_task("", total=total_bytes)
             done, began = 0, time.monotonic()
             logged = began
 
@@ -39,8 +36,8 @@ def bytes_progress(action: str, *, shares: int = 1, enabled: bool = True) -> Ite
                 bar.advance(task, count)
                 if bar.disable and now - logged >= _LOG_SECONDS:
                     logged = now
-                    left = max(0.0, (total - done) * (now - began) / max(done, 1))
-                    console.print(f"{action}: {decimal(done)} of {decimal(total)}, about {left:.0f} s left")
+                    left = max(0.0, (total_bytes - done) * (now - began) / max(done, 1))
+                    console.print(f"{action}: {decimal(done)} of {decimal(total_bytes)}, about {left:.0f} s left")
 
             return advance
 

@@ -341,21 +341,15 @@ def _check_checkpoint(config: Config) -> None:
     at_least(1, checkpoint__keep_last=checkpoint.keep_last)
     at_least(0, checkpoint__merge_at_end=checkpoint.merge_at_end)
     require(bool(checkpoint.resume), "checkpoint.resume is empty; use auto, never or the path of a checkpoint")
-    require(
-        checkpoint.merge_at_end <= checkpoint.keep_best,
-        f"checkpoint.merge_at_end={checkpoint.merge_at_end} needs as many of the best checkpoints, but "
-        f"checkpoint.keep_best={checkpoint.keep_best}; set checkpoint.keep_best={checkpoint.merge_at_end}",
-    )
-    if checkpoint.keep_best == 0:
-        return
-    require(
-        config.trainer.validation.every > 0,
-        f"checkpoint.keep_best={checkpoint.keep_best} needs validation; set trainer.validation.every",
-    )
     every = config.trainer.validation.every
-    require(
-        checkpoint.every > 0 and checkpoint.every % every == 0,
-        f"checkpoint.keep_best={checkpoint.keep_best} needs a validation at every checkpoint, but checkpoint.every="
-        f"{checkpoint.every} is no multiple of trainer.validation.every={every}; set checkpoint.every={every}",
-    )
-    one_of("checkpoint.best_metric", checkpoint.best_metric, validation_metrics(config))
+    for key, count in (("keep_best", checkpoint.keep_best), ("merge_at_end", checkpoint.merge_at_end)):
+        if not count:
+            continue
+        require(every > 0, f"checkpoint.{key}={count} needs validation; set trainer.validation.every")
+        require(
+            checkpoint.every > 0 and checkpoint.every % every == 0,
+            f"checkpoint.{key}={count} needs a validation at every checkpoint, but checkpoint.every="
+            f"{checkpoint.every} is no multiple of trainer.validation.every={every}; set checkpoint.every={every}",
+        )
+    if checkpoint.keep_best or checkpoint.merge_at_end:
+        one_of("checkpoint.best_metric", checkpoint.best_metric, validation_metrics(config))

@@ -47,7 +47,10 @@ def test_every_file_is_checked(originals: Path, tmp_path: Path, damage: str) -> 
         if damage == "truncated":
             (copy / name).write_bytes(content[: draw.randrange(len(content))])
         elif damage == "flipped":
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            place = draw.randrange(len(content))
+            while chr(content[place]).isspace():  # between values of JSON a space is as good as a tab
+                place = draw.randrange(len(content))
+            content[place] ^= 1 << draw.randrange(8)
             (copy / name).write_bytes(content)
         elif damage == "gone":
             (copy / name).unlink()
@@ -57,8 +60,8 @@ def test_every_file_is_checked(originals: Path, tmp_path: Path, damage: str) -> 
         else:
             shutil.copyfile(originals / "1" / name, copy / name)
         problems = verify(copy)
-        if name.name == "COMPLETE":  # what it says, or what it says of others, is wrong
-            assert problems or damage == "flipped"
+        if name.name == "COMPLETE":  # what it says of itself, or of others, is wrong
+            assert problems
         else:
             assert any(str(name) in problem for problem in problems), (name, problems)
         if damage != "flipped" and damage != "of another model":

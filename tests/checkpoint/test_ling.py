@@ -43,7 +43,7 @@ def ling(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str
 def test_there_and_back(ling: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     directory, tensors = ling
     notes = import_model(directory, tmp_path / "checkpoint", mask_token_id=MASK)
-    assert notes == ["1 layers for multi-token prediction are left out"]
+    assert notes == ["left out: a layer for multi-token prediction"]
     assert verify(tmp_path / "checkpoint") == []
     for shard_size in ("5GB", "40KB"):
         out = tmp_path / f"out_{shard_size}"
@@ -168,3 +168,13 @@ def test_damage_to_an_export_is_named(tmp_path: Path) -> None:
         "config.json is missing",
         f"{shard.name} has another checksum than when it was written",
     ]
+    (tmp_path / "out" / "SHA256SUMS").write_text("")
+    assert f"{shard.name} is not listed in SHA256SUMS" in verify_model(tmp_path / "out")[1]
+
+
+def test_only_an_export_is_overwritten(tmp_path: Path) -> None:
+    tensors = save_ling(tmp_path / "in")
+    import_model(tmp_path / "in", tmp_path / "checkpoint", mask_token_id=MASK)
+    with pytest.raises(CheckpointError, match="in exists and is not empty"):
+        export_model(tmp_path / "checkpoint", tmp_path / "in", overwrite=True)
+    assert_equal(read_all(tmp_path / "in"), tensors)

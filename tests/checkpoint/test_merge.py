@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import llada_mega
-from llada_mega.checkpoint.checkpoint import read_model_config, read_state, verify
+from llada_mega.checkpoint.checkpoint import list_checkpoints, read_model_config, read_state, verify
 from llada_mega.checkpoint.convert import export_model, import_model
+from llada_mega.checkpoint.directory import NewDirectory
 from llada_mega.checkpoint.merge import DECAYS, best_checkpoints, merge_checkpoints, merge_weights, rank_checkpoints
+from llada_mega.checkpoint.save import seal
+from llada_mega.checkpoint.storage import ShardReader
+from llada_mega.config.compose import compose
+from llada_mega.config.model import ModelConfig
+from llada_mega.config.schema import Config
+from llada_mega.config.training import CheckpointConfig
 from llada_mega.errors import CheckpointError
+from llada_mega.training.callbacks.checkpointing import prune
+from llada_mega.training.run import curriculum_of
 from tests.checkpoint.ling import save_ling
 from tests.checkpoint.resharding import reshard
 from tests.checkpoint.test_ling import read_all
@@ -83,10 +93,30 @@ def test_equals_numpy(parents: tuple[list[Path], list[dict[str, Tensor]]], tmp_p
     assert llada_mega.load_model(tmp_path / "merged").config.mask_token_id == MASK
 
 
+def test_a_merge_of_other_bytes_under_the_same_paths_starts_again(
+    parents: tuple[list[Path], list[dict[str, Tensor]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, _ = parents
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("llada_mega.checkpoint.save.seal", stop)  # all files are written, nothing has its name
+        merge_checkpoints(paths[:2], tmp_path / "merged")
+    save_ling(tmp_path / "retrained", seed=7)
+    import_model(tmp_path / "retrained", paths[0], mask_token_id=MASK, overwrite=True)
+    merge_checkpoints(paths[:2], tmp_path / "merged")
+    merge_checkpoints(paths[:2], tmp_path / "fresh")
+    merged, fresh = ShardReader(tmp_path / "merged"), ShardReader(tmp_path / "fresh")
+    for key in fresh.index:
+        assert torch.equal(merged.read_whole(key), fresh.read_whole(key)), key
+
+
 def test_other_models_are_refused(parents: tuple[list[Path], list[dict[str, Tensor]]], tmp_path: Path) -> None:
     save_ling(tmp_path / "other", routed_scaling_factor=1.5)
     import_model(tmp_path / "other", tmp_path / "x", mask_token_id=MASK)
-    with pytest.raises(CheckpointError, match="different models: moe"):
+    with pytest.raises(CheckpointError, match="different models: model.moe.routed_scaling_factor is 2.5 and 1.5"):
         merge_checkpoints([parents[0][0], tmp_path / "x"], tmp_path / "merged")
     save_ling(tmp_path / "wide", torch.float32)
     import_model(tmp_path / "wide", tmp_path / "w", mask_token_id=MASK)
@@ -97,46 +127,19 @@ def test_other_models_are_refused(parents: tuple[list[Path], list[dict[str, Tens
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose checkpoints hold nothing but states: two stages, six steps, one not validated."""
-    from llada_mega.checkpoint.directory import NewDirectory
-    from llada_mega.checkpoint.save import seal
-    from llada_mega.config.model import ModelConfig
-
+    """A run whose checkpoints hold nothing but states: two steps in one stage, four in the next, one not validated."""
     root = tmp_path_factory.mktemp("run")
-    stages = [
-        {"name": "grow", "start_sample": 0, "end_sample": 8},
-        {"name": "decay", "start_sample": 8, "end_sample": 24},
-    ]
-    scores = {1: 9.0, 2: 1.0, 3: 5.0, 4: 4.0, 5: None, 6: 4.5}
-    for step, score in scores.items():
+    stages = "curriculum.stages=[{name: grow, block_size: 4, tokens: 512}, {name: decay, block_size: 8, tokens: 1024}]"
+    overrides = ["data.sequence_length=64", "trainer.global_batch_size=4", "data.train=[{path: x}]", stages]
+    curriculum = curriculum_of(compose(Config, overrides)).to_json()
+    assert [stage["end_sample"] for stage in curriculum["stages"]] == [8, 24]
+    for step, score in {1: 9.0, 2: 1.0, 3: 5.0, 4: 4.0, 5: None, 6: 4.5}.items():
         new = NewDirectory(root / "checkpoints" / f"step_{step:08d}")
         new.start()
         metrics = {} if score is None else {"valid/block_8/nll_bound": score, "valid/block_8/accuracy": score / 10}
-        state = {"train": {"step": step, "consumed_samples": 4 * step}, "metrics": metrics, "curriculum": stages}
-        seal(new, ModelConfig(), state, 0)
+        state = {"train": {"step": step, "consumed_samples": 4 * step}, "metrics": metrics, "curriculum": curriculum}
+        seal(new, ModelConfig(), state)
     return root
-
-
-@pytest.fixture(autouse=True)
-def plain_curriculum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the curriculum only names and boundaries count here."""
-
-    class Stage:
-        def __init__(self, fields: dict[str, Any]) -> None:
-            self.__dict__ |= fields
-
-    class Plain:
-        def __init__(self, stages: list[dict[str, Any]]) -> None:
-            self.stages = [Stage(fields) for fields in stages]
-
-        @classmethod
-        def from_json(cls, stages: list[dict[str, Any]]) -> Plain:
-            return cls(stages)
-
-        def stage_at(self, sample: int) -> Any:
-            return next(stage for stage in self.stages if stage.start_sample <= sample < stage.end_sample)
-
-    monkeypatch.setattr("llada_mega.checkpoint.merge.Curriculum", Plain)
 
 
 def test_candidates_come_from_the_last_stage_best_first(run: Path) -> None:
@@ -146,6 +149,17 @@ def test_candidates_come_from_the_last_stage_best_first(run: Path) -> None:
     assert [c.step for c in rank_checkpoints(run, "valid/block_8/nll_bound", "grow")] == [2, 1]
     assert [c.step for c in rank_checkpoints(run, "valid/block_8/accuracy")] == [3, 6, 4]
     assert [c.step for c in best_checkpoints(run, 2, "valid/block_8/nll_bound")] == [4, 6]
+
+
+def test_what_is_to_be_merged_is_not_pruned(run: Path, tmp_path: Path) -> None:
+    """The best of the stage that goes on are kept, though an earlier stage had better ones."""
+    shutil.copytree(run, tmp_path / "run")
+    root = tmp_path / "run" / "checkpoints"
+    options = {"keep_last": 1, "keep_best": 2, "best_metric": "valid/block_8/nll_bound"}
+    prune(root, CheckpointConfig(**options, merge_at_end=3))
+    assert [int(path.name[-1]) for path in list_checkpoints(root)] == [2, 3, 4, 6]
+    prune(root, CheckpointConfig(**options))
+    assert [int(path.name[-1]) for path in list_checkpoints(root)] == [2, 4, 6]
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,8 @@ CONTRADICTIONS = [
     ),
     ([*VALID, "checkpoint.keep_last=0"], "checkpoint.keep_last=0 is too small"),
     (
-        [*VALID, "checkpoint.keep_best=1", "checkpoint.merge_at_end=2"],
-        "checkpoint.merge_at_end=2 needs as many of the best checkpoints, but checkpoint.keep_best=1; set",
+        [*VALID, "checkpoint.merge_at_end=2"],
+        "checkpoint.merge_at_end=2 needs validation; set trainer.validation.every",
     ),
     ([*VALID, "checkpoint.resume="], "checkpoint.resume is empty"),
     ([*VALID, "logging.wandb_mode=cloud"], "logging.wandb_mode=cloud is not a choice; use offline or online"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import torch
 
-from llada_mega.checkpoint.checkpoint import list_checkpoints, read_state, remove_checkpoint, step_name
+from llada_mega.checkpoint.checkpoint import list_checkpoints, remove_checkpoint, step_name
+from llada_mega.checkpoint.merge import ALL_STAGES, NEWEST_STAGE, find_candidates
 from llada_mega.checkpoint.save import CheckpointWrite
 from llada_mega.config.training import CheckpointConfig
 from llada_mega.errors import CheckpointError
@@ -42,7 +42,7 @@ class CheckpointCallback(Callback):
         self._saved_step = trainer.state.step if trainer.state.step else -1
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        if self.config.best_metric in row:
+        if any(key.startswith("valid/") for key in row):
             self._metrics = {key: value for key, value in row.items() if isinstance(value, int | float)}
 
     def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
@@ -152,14 +152,13 @@ def link_latest(root: Path, name: str) -> None:
 
 
 def prune(root: Path, config: CheckpointConfig) -> None:
-    """Remove checkpoints that are neither among the newest ``keep_last`` nor the best ``keep_best``."""
+    """Remove checkpoints that are not among the newest ``keep_last``, the best ``keep_best`` or those to be merged."""
     checkpoints = list_checkpoints(root)
     keep = set(checkpoints[-config.keep_last :])
-    if config.keep_best:
-        sign = -1 if config.best_metric.endswith("/accuracy") else 1  # of an accuracy the largest is the best
-        found = [(read_state(path).get("metrics", {}).get(config.best_metric, math.nan), path) for path in checkpoints]
-        scored = sorted((sign * score, path) for score, path in found if math.isfinite(score))
-        keep |= {path for _, path in scored[: config.keep_best]}
+    best = [(ALL_STAGES, config.keep_best), (NEWEST_STAGE, config.merge_at_end)]
+    for stage, count in best:
+        if count:
+            keep |= {candidate.path for candidate in find_candidates(root, config.best_metric, stage)[:count]}
     for path in checkpoints:
         if path not in keep:
             remove_checkpoint(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from llada_mega.checkpoint.checkpoint import is_complete, read_state
+from llada_mega.checkpoint.checkpoint import is_complete, marker_of, read_state
 from llada_mega.checkpoint.merge import merge_checkpoints, rank_checkpoints
 from llada_mega.config.training import CheckpointConfig
 from llada_mega.errors import CheckpointError
@@ -34,8 +34,8 @@ class MergeCallback(Callback):
             return
         best = sorted(ranked[: self.config.merge_at_end], key=lambda candidate: candidate.step)
         output, paths = self.run_dir / MERGED, [candidate.path for candidate in best]
-        steps = [candidate.step for candidate in best]
-        if is_complete(output) and read_state(output)["merged"].get("steps") == steps:
+        steps, markers = [candidate.step for candidate in best], [marker_of(path) for path in paths]
+        if is_complete(output) and read_state(output).get("merged", {}).get("markers") == markers:
             return
         groups = trainer.step.groups
         origin = {"metric": self.config.best_metric, "steps": steps, "scores": [candidate.score for candidate in best]}
