@@ -1,10 +1,9 @@
 """The routed experts of a rank as one autograd function, in place of Megatron's loop over modules.
 
 ``SequentialMLP`` runs each expert as modules of its own, splits and concatenates around them, and keeps every
-intermediate tensor: on a CPU a quarter of a small model's step. Here an expert's tokens are gathered, go through it and
-are added to the output while they are in the cache, and of the intermediates only the output of the first layer is
-kept. Parameters, their names and checkpoints are Megatron's, which still builds them; so are the products and their
-roundings.
+intermediate tensor. Here an expert's tokens are gathered, go through it and are added to the output while they are in
+the cache, and of the intermediates only the output of the first layer is kept. Parameters, their names and checkpoints
+are Megatron's, which still builds them; so are the products and their roundings.
 
 Legend: T tokens, N routes (a token and one of its experts, sorted by expert), n routes of one expert, H hidden size,
 F width of an expert (/etp), E local experts.
