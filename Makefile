@@ -3,7 +3,7 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels bench-layouts bench-conversion docs clean
+.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels bench-layouts bench-conversion bench-step docs clean
 
 VENV := .venv
 LATEST := .venv-latest
@@ -28,6 +28,7 @@ help:
 	echo "make format        let ruff rewrite the sources"
 	echo "make bench         time, memory and error of block attention, a few cases"
 	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
+	echo "make bench-step    a whole training step on one core against the way published trainers write it, and against the floor"
 	echo "make bench-layouts a run moved between parallel layouts, drawn; speed, memory and bytes of every layout (8 minutes; ARGS=--figure, --table)"
 	echo "make bench-conversion memory and time of import and export at the widths of Ling-flash (32 GB of disk; ARGS=--stacked)"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
@@ -110,6 +111,9 @@ bench-kernels: $(VENV)/.installed
 
 bench-layouts: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/python -m bench.layouts $(ARGS)
+
+bench-step: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/python -m bench.step $(ARGS)
 
 bench-conversion: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.conversion $(ARGS)
