@@ -30,6 +30,7 @@ from llada_mega.checkpoint.directory import NewDirectory
 from llada_mega.checkpoint.hf import plan_weights, seal_hf
 from llada_mega.checkpoint.hf_config import render_config
 from llada_mega.checkpoint.streaming import write_files
+from llada_mega.checkpoint.weights import stored_dtype
 from llada_mega.config.compose import compose
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.schema import Config
@@ -100,10 +101,9 @@ def write_random(model: ModelConfig, directory: Path) -> tuple[dict[str, str], i
     shapes = hf_shapes(model)
 
     def make(name: str) -> Iterator[Tensor]:
-        dtype = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
         # values between -2 and 2: no infinities, which would still be copied, but look like an error
         values = torch.from_numpy(random.integers(0, 2**14, size=torch.Size(shapes[name]).numel(), dtype=numpy.int16))
-        tensor = values.view(torch.bfloat16).to(dtype).reshape(shapes[name])
+        tensor = values.view(torch.bfloat16).to(stored_dtype(name, torch.bfloat16)).reshape(shapes[name])
         digests[name] = digest(tensor)
         yield tensor
 

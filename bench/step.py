@@ -101,7 +101,7 @@ def prepare(config: ModelConfig, length: int, block_size: int) -> Pair:
     model = build_model(config, seed=0)
     model.train()
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
-    weights = _real_vocabulary(config, state)
+    weights = _renamed(config, state)
     for name, weight in weights.items():
         weight.requires_grad_(not name.endswith("expert_bias"))
     tokens_L = torch.randint(MASK_TOKEN + 1, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def compare(pair: Pair) -> tuple[float, float, str]:
     gradients = {name: p.grad for name, p in pair.model.named_parameters() if p.grad is not None}
     routers = {name: b for name, b in pair.model.named_buffers() if name.endswith("expert_bias")}
     differences = {}
-    for name, gradient in _real_vocabulary(pair.config, {**gradients, **routers}).items():
+    for name, gradient in _renamed(pair.config, {**gradients, **routers}).items():
         weight = pair.weights[name]
         if weight.requires_grad:  # an expert that no token chose has no gradient in the reference
             wanted = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -244,14 +244,9 @@ def _batch(tokens_L: Tensor, block_size: int, clean_tokens: str) -> Batch:
     )
 
 
-def _real_vocabulary(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies under Hugging Face names, without the rows that pad the vocabulary."""
-    renamed = local_to_hf(config, {name: tensor.detach() for name, tensor in tensors.items()})
-    tables = ("word_embeddings", "lm_head")
-    return {
-        name: tensor[: config.vocab_size if any(table in name for table in tables) else None].clone()
-        for name, tensor in renamed
-    }
+def _renamed(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies under Hugging Face names."""
+    return dict(local_to_hf(config, {name: tensor.detach() for name, tensor in tensors.items()}))
 
 
 if __name__ == "__main__":

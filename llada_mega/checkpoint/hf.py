@@ -18,7 +18,7 @@ from llada_mega.checkpoint.hf_config import DTYPES, parse_config
 from llada_mega.checkpoint.source import SourceModel, check_shapes
 from llada_mega.checkpoint.storage import MAX_MAPPED_BYTES, sha256
 from llada_mega.checkpoint.streaming import PlannedFile, PlannedTensor, split_by_size
-from llada_mega.checkpoint.weights import stored_dtype
+from llada_mega.checkpoint.weights import EXPERT_BIAS, stored_dtype
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.tokenizer import TOKENIZER_FILES
 from llada_mega.errors import CheckpointError
@@ -27,7 +27,6 @@ from llada_mega.models.hf_mapping import hf_shapes, model_tensors, stacked_exper
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
-EXPERT_BIAS = ".expert_bias"
 _DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -32,7 +32,7 @@ CLASSES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "llada2_moe")
 # Keys of ModelConfig that say how a model is run or trained, not what it is.
-HOW_NOT_WHAT = {"model.attention_backend", "model.implementation", "model.moe.bias_update_rate"}
+_HOW_NOT_WHAT = {"model.attention_backend", "model.implementation", "model.moe.bias_update_rate"}
 
 
 def parse_config(content: dict[str, Any], location: str) -> ModelConfig:
@@ -155,21 +155,21 @@ def _token_ids(config: ModelConfig) -> dict[str, Any]:
 def _check_expressed(config: ModelConfig, content: dict[str, Any]) -> None:
     """Fails unless ``content`` reads back as ``config``."""
     location = f"config.json of model.architecture={config.architecture}"
-    wanted, found = _keys(config), _keys(parse_config(content, location))
+    wanted, found = model_keys(config), model_keys(parse_config(content, location))
     for key, value in wanted.items():
-        if value != found[key]:
+        of_no_experts = key.startswith("model.moe.") and key != "model.moe.num_experts" and not config.is_moe
+        if value != found[key] and not of_no_experts:
             raise CheckpointError(
                 f"{key}={value} cannot be exported: a {location} would say {found[key]}; change one of the two"
             )
 
 
-def _keys(config: ModelConfig) -> dict[str, Any]:
-    """Every key that makes up the model; of a dense one no experts but their number."""
+def model_keys(config: ModelConfig) -> dict[str, Any]:
+    """Every key that makes up the model, as users write it: ``model.moe.top_k`` -> value."""
     values = dataclasses.asdict(config)
-    moe = values.pop("moe") if config.is_moe else {"num_experts": values.pop("moe")["num_experts"]}
-    keys = {f"model.moe.{name}": value for name, value in moe.items()}
+    keys = {f"model.moe.{name}": value for name, value in values.pop("moe").items()}
     keys |= {f"model.{name}": value for name, value in values.items()}
-    return {key: value for key, value in keys.items() if key not in HOW_NOT_WHAT}
+    return {key: value for key, value in keys.items() if key not in _HOW_NOT_WHAT}
 
 
 def render_generation_config(config: ModelConfig, block_size: int | None = None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ that fall from 1 to 0 over the updates, as a decaying learning rate would, are d
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from llada_mega.checkpoint.checkpoint import (
     tokenizer_files,
 )
 from llada_mega.checkpoint.directory import check_output, recover
-from llada_mega.checkpoint.hf_config import HOW_NOT_WHAT
+from llada_mega.checkpoint.hf_config import model_keys
 from llada_mega.checkpoint.save import write_checkpoint
 from llada_mega.checkpoint.streaming import Progress, no_progress
 from llada_mega.checkpoint.weights import WeightReader, piece_bounds
@@ -68,9 +67,12 @@ def find_candidates(root: Path, metric: str, stage: str = LAST_STAGE) -> list[Ca
     """
     found: list[Candidate] = []
     states = [(path, state) for path in list_checkpoints(root) if "train" in (state := read_state(path))]
+    if not states:
+        return found
+    newest = states[-1][1]  # one run, so one curriculum
+    last = Curriculum.from_json(newest["curriculum"]).stages[-1].name
+    wanted = {LAST_STAGE: last, NEWEST_STAGE: _stage_of(newest)}.get(stage, stage)
     for path, state in states:
-        curriculum = Curriculum.from_json(state["curriculum"])
-        wanted = {LAST_STAGE: curriculum.stages[-1].name, NEWEST_STAGE: _stage_of(states[-1][1])}.get(stage, stage)
         score = state.get("metrics", {}).get(metric, math.nan)
         if math.isfinite(score) and (stage == ALL_STAGES or _stage_of(state) == wanted):
             found.append(Candidate(path, state["train"]["step"], score))
@@ -203,19 +205,12 @@ def _average(readers: Sequence[WeightReader], shares: Sequence[float], tensor: M
 
 def _common_config(checkpoints: Sequence[Path]) -> ModelConfig:
     """The model of all checkpoints. Raises CheckpointError when they differ."""
-    first, *others = (_flat(dataclasses.asdict(read_model_config(path))) for path in checkpoints)
+    first, *others = (model_keys(read_model_config(path)) for path in checkpoints)
     for path, other in zip(checkpoints[1:], others, strict=True):
-        for key in sorted(first.keys() - HOW_NOT_WHAT):
+        for key in sorted(first):
             if first[key] != other[key]:
                 raise CheckpointError(
                     f"{checkpoints[0]} and {path} hold different models: {key} is {first[key]} and {other[key]}; "
                     f"only checkpoints of one model can be averaged"
                 )
     return read_model_config(checkpoints[-1])
-
-
-def _flat(fields: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        found |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
-    return found

@@ -19,12 +19,12 @@ from llada_mega.models.naming import checkpoint_key
 
 PART_BYTES = 2**31  # of one file
 PIECE_BYTES = 2**28  # of a tensor that is read piece by piece
-_EXPERT_BIAS = ".expert_bias"
+EXPERT_BIAS = ".expert_bias"
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """``dtype``, but float32 for the biases of experts: they move in steps that bfloat16 would swallow."""
-    return torch.float32 if name.endswith(_EXPERT_BIAS) else dtype
+    return torch.float32 if name.endswith(EXPERT_BIAS) else dtype
 
 
 class WeightReader:
