@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 from llada_mega.models.experts import FusedExperts, Routes
+from llada_mega.models.grouped_experts import DeviceRoutes, GroupedExperts, device_routes
 from llada_mega.parallel import ParallelGroups
 
 
@@ -26,6 +27,8 @@ def dispatch_locally(model: torch.nn.Module, groups: ParallelGroups) -> None:
         for module in model.modules():
             if isinstance(module, MoELayer) and isinstance(module.experts, FusedExperts):
                 module.token_dispatcher = LocalDispatcher(module.config, groups.collection)
+            elif isinstance(module, MoELayer) and isinstance(module.experts, GroupedExperts):
+                module.token_dispatcher = DeviceDispatcher(module.config, groups.collection)
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -38,14 +41,16 @@ class LocalDispatcher(MoETokenDispatcher):
         """Tokens ``[..., H]``, choices bool ``[T, E]``, shares ``[T, E]`` -> tokens ``[T, H]``, shares ``[N]``."""
         self.shape = tokens.shape
         by_expert_N = routing_map.t().flatten().nonzero().squeeze(1)  # e * T + t
-        self.routes = Routes(routing_map.sum(dim=0).tolist(), by_expert_N % len(routing_map))
+        self.routes: Routes | DeviceRoutes = Routes(routing_map.sum(dim=0).tolist(), by_expert_N % len(routing_map))
         return tokens.view(-1, self.shape[-1]), probs.t().flatten().index_select(0, by_expert_N)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to send."""
         return hidden_states, probs
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Routes, Tensor]:
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Routes | DeviceRoutes, Tensor]:
         """What the experts take."""
         return hidden_states, self.routes, probs
 
@@ -60,3 +65,13 @@ class LocalDispatcher(MoETokenDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Back to the shape that came in."""
         return hidden_states.view(self.shape)
+
+
+class DeviceDispatcher(LocalDispatcher):
+    """The same for :class:`~llada_mega.models.grouped_experts.GroupedExperts`, without a wait for the device."""
+
+    def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """As in :class:`LocalDispatcher`; each token has ``moe_router_topk`` experts."""
+        self.shape = tokens.shape
+        self.routes, by_expert_N = device_routes(routing_map, self.config.moe_router_topk)
+        return tokens.view(-1, self.shape[-1]), probs.t().flatten().index_select(0, by_expert_N)

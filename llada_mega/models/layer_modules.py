@@ -10,6 +10,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 from llada_mega.models.experts import ExpertColumn, ExpertRow, FusedExperts
+from llada_mega.models.grouped_experts import GroupedExperts
 from llada_mega.models.norm import RMSNorm
 from llada_mega.models.self_attention import IntervalSelfAttention
 
@@ -37,21 +38,24 @@ class LayerModules:
     norm_column: Any = None
 
 
-def local_modules(fused_weight_gradients: bool) -> LayerModules:
+def local_modules(fused_weight_gradients: bool, grouped_experts: bool = False) -> LayerModules:
     """Megatron-Core's own modules and ours; they need nothing but PyTorch.
 
     Args:
         fused_weight_gradients: linear layers add to the gradient buffers themselves (a CUDA extension). That is in
-            Megatron's linear layers only, so its experts are taken then.
+            Megatron's linear layers only, so its experts are taken then, unless they can be grouped.
+        grouped_experts: one product for all experts; see :func:`llada_mega.models.grouped_experts.can_group`.
     """
+    megatron_experts = fused_weight_gradients and not grouped_experts
+    our_experts = GroupedExperts if grouped_experts else FusedExperts
     return LayerModules(
         norm=RMSNorm,
         self_attention=IntervalSelfAttention,
         column=ColumnParallelLinear,
         row=RowParallelLinear,
-        experts=SequentialMLP if fused_weight_gradients else FusedExperts,
-        expert_column=ColumnParallelLinear if fused_weight_gradients else ExpertColumn,
-        expert_row=RowParallelLinear if fused_weight_gradients else ExpertRow,
+        experts=SequentialMLP if megatron_experts else our_experts,
+        expert_column=ColumnParallelLinear if megatron_experts else ExpertColumn,
+        expert_row=RowParallelLinear if megatron_experts else ExpertRow,
     )
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.models.attention import IntervalCoreAttention
+from llada_mega.models.grouped_experts import can_group
 from llada_mega.models.layer_modules import LayerModules, local_modules, te_modules
 from llada_mega.models.router import BalancedRouter
 from llada_mega.parallel import megatron_compat
@@ -75,7 +76,7 @@ def block_spec(
     if config.transformer_impl == "transformer_engine":
         modules = te_modules()
     else:
-        modules = local_modules(config.gradient_accumulation_fusion)
+        modules = local_modules(config.gradient_accumulation_fusion, model.is_moe and can_group(config))
     first = layer_offset(config, pp_rank, vp_stage)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [layer_spec(model, layer, modules) for layer in range(first, first + count)]

@@ -110,12 +110,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_CH = hidden_RH[rows]
             logits_CV = F.linear(hidden_CH, weight_VH).to(wide)
             logits_CV[:, num_real:] = -torch.inf
-            cross_entropy_R[rows], correct_R[rows], label_columns = _softmax_(
-                logits_CV, labels_R[rows] - first, num_real, first, tp_group
+            labels_C = labels_R[rows] - first
+            owned_C = (labels_C >= 0) & (labels_C < num_real)
+            columns_C = labels_C.clamp(0, max(num_real, 1) - 1)  # some column where another rank has the label
+            cross_entropy_R[rows], correct_R[rows] = _softmax_(
+                logits_CV, labels_C, owned_C, columns_C, first=first, tp_group=tp_group
             )
             if hidden_grad_RH is None:
                 continue
-            logits_CV[label_columns] -= 1.0  # probabilities now: p - onehot is the gradient of the cross entropy
+            # probabilities now: p - onehot is the gradient of the cross entropy
+            logits_CV.scatter_add_(1, columns_C[:, None], -owned_C[:, None].to(wide))
             logits_CV *= weights_R[rows, None]
             gradient_CV = logits_CV.to(hidden_RH.dtype)
             torch.mm(gradient_CV, weight_VH, out=hidden_grad_RH[rows])
@@ -150,23 +154,25 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.d
 
 
 def _softmax_(
-    logits_CV: Tensor, local_labels_C: Tensor, num_real: int, first: int, tp_group: ProcessGroup
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Turn ``logits_CV`` into probabilities in place.
+    logits_CV: Tensor, labels_C: Tensor, owned_C: Tensor, columns_C: Tensor, *, first: int, tp_group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Turn ``logits_CV`` into probabilities in place. Shapes do not depend on which rank has a label: nothing waits.
 
-    Returns the cross entropy [C], whether the label is the argmax [C], and the (row, column) indices of those labels
-    that lie in this rank's columns. A tie for the maximum goes to the smallest token id.
+    Args:
+        logits_CV: this rank's columns.
+        labels_C: ids of the labels less ``first``, the id of the first column.
+        owned_C: whether this rank has a label's column; columns_C: which it is, any where it has not.
+
+    Returns the cross entropy [C] and whether the label is the argmax [C]. A tie for the maximum goes to the smallest
+    token id.
     """
     parallel = tp_group.size() > 1
     maximum_C, argmax_C = logits_CV.max(dim=-1)
     local_maximum_C = maximum_C.clone()
     if parallel:
         dist.all_reduce(maximum_C, op=dist.ReduceOp.MAX, group=tp_group)
-    owned_C = (local_labels_C >= 0) & (local_labels_C < num_real)
-    rows = owned_C.nonzero().squeeze(1)
-    columns = local_labels_C[rows]
     logits_CV -= maximum_C[:, None]
-    label_logit_C = torch.zeros_like(maximum_C).index_put((rows,), logits_CV[rows, columns])
+    label_logit_C = logits_CV.gather(1, columns_C[:, None]).squeeze(1).where(owned_C, 0.0)
     logits_CV.exp_()
     total_C = logits_CV.sum(dim=-1)
     best_C = torch.where(local_maximum_C == maximum_C, argmax_C + first, torch.iinfo(torch.int64).max)
@@ -176,4 +182,4 @@ def _softmax_(
         label_logit_C, total_C = both.unbind()
         dist.all_reduce(best_C, op=dist.ReduceOp.MIN, group=tp_group)
     logits_CV /= total_C[:, None]
-    return total_C.log() - label_logit_C, best_C == local_labels_C + first, (rows, columns)
+    return total_C.log() - label_logit_C, best_C == labels_C + first
