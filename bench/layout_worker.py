@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from llada_kernels.partition import TILE
 
-from bench.formula import MicroBatch, Rank, bytes_of_step
 from bench.traffic import TrafficCounter
 from llada_mega.config.compose import compose
 from llada_mega.config.schema import Config
@@ -30,6 +29,7 @@ from llada_mega.data.context import shard_batch
 from llada_mega.models.router import routers
 from llada_mega.parallel import ParallelGroups, destroy, initialize
 from llada_mega.parallel.capabilities import choose_software
+from llada_mega.planning.communication import MicroBatch, Rank, bytes_of_step
 from llada_mega.training.data import TrainingData
 from llada_mega.training.run import build_step, curriculum_of
 from llada_mega.training.step import TrainStep
@@ -44,7 +44,7 @@ class Measured:
     Attributes:
         seconds: of every timed step.
         peak_mib: the process at its largest; base_mib: before it had a model.
-        sent, expected: bytes in the last step by axis, counted and from :mod:`bench.formula`.
+        sent, expected: bytes in the last step by axis, counted and from :mod:`llada_mega.planning.communication`.
         operations: bytes in the last step by "axis operation".
     """
 

@@ -9,7 +9,6 @@ import torch
 
 from bench import layout_table
 from bench.corpus import prepare_corpus
-from bench.formula import MicroBatch, Rank, bytes_of_step
 from bench.layout_table import LAYOUTS, Layout, average
 from bench.traffic import SENT
 from llada_mega.config.compose import compose
@@ -17,6 +16,7 @@ from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
+from llada_mega.planning.communication import MicroBatch, Rank, bytes_of_step
 from tests.parallel.harness import run_ranks
 
 KIB = 1024.0

@@ -1,7 +1,9 @@
 """What a step has to communicate, from the shapes of model, batches and layout alone; nothing is counted here.
 
-Every function returns the bytes that a rank sends in one step, averaged over ranks, with the rings of
-:mod:`bench.traffic`. Sums of a few numbers (losses, norms, loads of experts) are left out.
+Every function returns the bytes that a rank sends in one step, averaged over ranks, when a collective over n ranks is
+done by a ring: all-reduce 2 (n-1)/n of the tensor, all-gather and reduce-scatter (n-1)/n of the whole, all-to-all what
+is meant for others. Sums of a few numbers (losses, norms, loads of experts) are left out. ``make bench-layouts`` counts
+the bytes of real steps beside these.
 
 Legend: S positions of a micro-batch on a context-parallel rank, H hidden size, n ranks of the axis.
 """
@@ -16,11 +18,12 @@ from llada_mega.config.run import ParallelConfig
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shape of what one rank computes of a micro-batch."""
+    """Shape of what one rank computes of a micro-batch, of which a step has ``count``."""
 
     positions: int  # S
     logit_rows: int
     keys_sent: int = 0  # rows of which a rank sends keys and values to the other context-parallel ranks
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ def bytes_of_step(
 ) -> dict[str, float]:
     """Bytes by axis, without the axes that send none. Gradients and logits are fp32."""
     sent = {
-        "tp": sum(tensor_parallel(model, parallel, rank, batch, element_size) for batch in batches)
+        "tp": sum(batch.count * tensor_parallel(model, parallel, rank, batch, element_size) for batch in batches)
         + replicated_gradients(model, parallel, rank),
-        "pp": sum(pipeline(model, parallel, rank, batch, element_size) for batch in batches),
-        "cp": sum(context_parallel(model, parallel, rank, batch, element_size) for batch in batches),
+        "pp": sum(batch.count * pipeline(model, parallel, rank, batch, element_size) for batch in batches),
+        "cp": sum(batch.count * context_parallel(model, parallel, rank, batch, element_size) for batch in batches),
         "ep": experts(model, parallel, rank, batches, element_size),
         "dp": gradients(parallel, rank, element_size),
     }
@@ -131,7 +134,7 @@ def experts(
     hidden, forward = model.hidden_size * element_size, forward_passes(parallel)
     if parallel.dispatcher == "alltoall":
         return rank.routes_leaving * (forward + 1) * (2 * hidden + 4)
-    tokens = sum(batch.positions for batch in batches) / (parallel.tp if parallel.sp else 1)
+    tokens = sum(batch.count * batch.positions for batch in batches) / (parallel.tp if parallel.sp else 1)
     choices = model.moe.num_experts * (forward * (4 + 1) + 4)
     return (n - 1) * rank.moe_layers * tokens * ((forward + 1) * 2 * hidden + choices)
 
