@@ -140,11 +140,24 @@ class CheckpointConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A window of steps under PyTorch's profiler; traces go to RUN/profile."""
+
+    start: int = 0  # first step of the window; 0: no profile
+    steps: int = 3
+    ranks: list[int] = field(default_factory=lambda: [0])
+    memory: bool = False  # allocations too, and on a GPU a memory snapshot
+
+
+@dataclass
 class LoggingConfig:
     """Sinks beside metrics.jsonl, which is always written."""
 
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "llada-mega"
+    wandb_group: Optional[str] = None  # runs that wandb shows together
     wandb_mode: str = "offline"  # offline | online
     progress: bool = True
+    peak_tflops: Optional[float] = None  # of a device in trainer.dtype, for MFU; null: by its name, none on a CPU
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -47,7 +47,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     _check_trainer(config, world_size)
     _check_validation(config, world_size)
     _check_checkpoint(config)
-    one_of("logging.wandb_mode", config.logging.wandb_mode, ("offline", "online"))
+    _check_logging(config, world_size)
 
 
 def validation_metrics(config: Config) -> list[str]:
@@ -55,6 +55,18 @@ def validation_metrics(config: Config) -> list[str]:
     names = ("ce_masked", "nll_bound", "accuracy")
     blocks = config.trainer.validation.block_sizes
     return [f"valid/block_{block}/{name}" for block in blocks for name in names] + ["valid/ar_nll"]
+
+
+def _check_logging(config: Config, world_size: int | None) -> None:
+    logging, profile = config.logging, config.logging.profile
+    one_of("logging.wandb_mode", logging.wandb_mode, ("offline", "online"))
+    peak = logging.peak_tflops
+    require(peak is None or peak > 0, f"logging.peak_tflops={peak} must be positive; null takes it from the table")
+    at_least(0, logging__profile__start=profile.start)
+    at_least(1, logging__profile__steps=profile.steps)
+    beyond = [rank for rank in profile.ranks if rank < 0 or (world_size is not None and rank >= world_size)]
+    processes = "ranks of the run" if world_size is None else f"0 to {world_size - 1}"
+    require(not beyond, f"logging.profile.ranks={profile.ranks} has {beyond} among them; use {processes}")
 
 
 def _check_run(config: Config) -> None:

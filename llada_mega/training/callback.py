@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llada_mega.training.timeline import OTHER
+
 if TYPE_CHECKING:
     from llada_mega.data.batch import Batch
     from llada_mega.diffusion.curriculum import ResolvedStage
@@ -19,6 +21,7 @@ class Callback:
     """
 
     name = ""
+    phase = OTHER  # what its time is counted as (llada_mega.training.timeline.PHASES)
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Once, after a resume, before the first step."""

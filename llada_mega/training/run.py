@@ -30,6 +30,7 @@ from llada_mega.training.callbacks.checkpointing import CheckpointCallback
 from llada_mega.training.callbacks.consistency import ConsistencyCallback
 from llada_mega.training.callbacks.merging import MergeCallback
 from llada_mega.training.callbacks.metrics import MetricsCallback
+from llada_mega.training.callbacks.profiling import ProfileCallback
 from llada_mega.training.callbacks.progress import ProgressCallback
 from llada_mega.training.callbacks.sinks import JsonlSink, TensorBoardSink, WandbSink
 from llada_mega.training.callbacks.stability import StabilityCallback
@@ -84,7 +85,7 @@ def run_training(config: Config, console: Console | None = None) -> TrainState:
             _log_to_console(console)
         random_weights = resume_from is None and init_from is None
         step = build_step(config, groups, init_from, software, random_weights=random_weights)
-        callbacks = build_callbacks(config, run_dir, data, console, writes_files)
+        callbacks = build_callbacks(config, run_dir, data, console, groups.rank)
         if resume_from is not None and saved is not None:
             state = restore(step, resume_from, saved, callbacks)
             logger.info(f"resumed from {resume_from} at step {state.step}")
@@ -181,11 +182,13 @@ def build_step(
     return TrainStep(chunks, optimizer, groups, seed=config.seed, device=groups.device)
 
 
-def build_callbacks(
-    config: Config, run_dir: Path, data: TrainingData, console: Console, writes_files: bool
-) -> list[Callback]:
+def build_callbacks(config: Config, run_dir: Path, data: TrainingData, console: Console, rank: int) -> list[Callback]:
     """Features in the order of their hooks: validation comes before the checkpoint that stores its result."""
-    callbacks: list[Callback] = [MetricsCallback(), StabilityCallback(config.trainer.stability)]
+    writes_files = rank == 0
+    metrics = MetricsCallback(config.logging.peak_tflops)
+    callbacks: list[Callback] = [metrics, StabilityCallback(config.trainer.stability)]
+    if config.logging.profile.start and rank in config.logging.profile.ranks:
+        callbacks.append(ProfileCallback(run_dir, config.logging.profile, rank))
     if config.trainer.consistency_every:
         callbacks.append(ConsistencyCallback(config.trainer.consistency_every))
     if config.trainer.validation.every:
@@ -200,9 +203,7 @@ def build_callbacks(
         callbacks.append(TensorBoardSink(run_dir))
     if writes_files and config.logging.wandb:
         plain: dict[str, Any] = yaml.safe_load(redact(yaml.safe_dump(dataclasses.asdict(config))))
-        callbacks.append(
-            WandbSink(run_dir, plain, config.logging.wandb_project, config.logging.wandb_mode, config.run.name)
-        )
+        callbacks.append(WandbSink(run_dir, plain, config.logging, config.run.name))
     return callbacks
 
 

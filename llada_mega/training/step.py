@@ -32,6 +32,7 @@ from llada_mega.models.router import routers
 from llada_mega.parallel import ParallelGroups
 from llada_mega.training.flops import batch_flops
 from llada_mega.training.state import NOISE_BINS, StepMeasurement
+from llada_mega.training.timeline import Timeline
 
 Accept = Callable[[StepMeasurement], bool]
 _NUM_SUMS = 7  # loss, denominator, cross entropy, rows, correct rows, tokens, positions
@@ -53,6 +54,7 @@ class TrainStep:
 
     Attributes:
         bare_models: the parts without their wrappers.
+        timeline: where this rank's time goes.
         work_tile: see :func:`llada_mega.data.context.attention_tile`.
         num_updates: optimizer steps taken; skipped steps make it smaller than the run's step.
     """
@@ -71,6 +73,7 @@ class TrainStep:
         self.model_config = self.bare_models[0].model_config
         self.num_updates = 0
         self.work_tile = attention_tile(device)
+        self.timeline = Timeline.on(device)
         self._forward_backward = get_forward_backward_func()
         # Without this, overlapped gradient reduction would reduce after every micro-batch.
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -78,6 +81,9 @@ class TrainStep:
             model.config.grad_scale_func = optimizer.scale_loss
             model.config.finalize_model_grads_func = finalize_model_grads
             model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            model.config.timers = self.timeline
+        for chained in _chained(optimizer):
+            chained.config.timers = self.timeline
 
     def __call__(
         self, batches: list[Batch], *, learning_rate: float, embedding_noise_std: float, accept: Accept
@@ -98,8 +104,9 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         context = self.groups.cp
-        mine = [shard_batch(batch, context.rank(), context.size(), work_tile=self.work_tile) for batch in batches]
-        on_device = [batch.to(self.device) for batch in mine]
+        with self.timeline.phase("data"):
+            mine = [shard_batch(batch, context.rank(), context.size(), work_tile=self.work_tile) for batch in batches]
+            on_device = [batch.to(self.device) for batch in mine]
         outputs = self._forward_backward(
             forward_step_func=partial(self._forward_step, embedding_noise_std=embedding_noise_std),
             data_iterator=[iter(on_device) for _ in self.chunks],
@@ -109,12 +116,14 @@ class TrainStep:
             micro_batch_size=1,
             forward_only=False,
         )
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        with self.timeline.phase("optimizer"):
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
         measured = self._measure(outputs, grad_norm, sum(batch_flops(self.model_config, batch) for batch in mine))
         applied = accept(measured)
         if applied:
-            self._update(learning_rate, grad_norm)
+            with self.timeline.phase("optimizer"):
+                self._update(learning_rate, grad_norm)
             measured.expert_load = self._load_of_all_stages(update_expert_bias(self.bare_models))
         else:
             discard_expert_load(self.bare_models)
@@ -193,12 +202,17 @@ class TrainStep:
         """Clip by the global norm and step, as Megatron's ``ChainedOptimizer.step`` does, with our learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
-        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for optimizer in _chained(self.optimizer):
             parameters = optimizer.get_parameters()
             if parameters and optimizer.config.clip_grad > 0.0:
                 megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
         self.num_updates += 1
+
+
+def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Megatron keeps one optimizer for the experts and one for everything else."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _loss(batch: Batch, output: RowLosses) -> tuple[Tensor, Tensor, Tensor]:

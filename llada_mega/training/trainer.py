@@ -63,7 +63,8 @@ class Trainer:
                     stage = self.stage
                     self._call("on_stage_begin", stage)
                 self._call("on_step_begin")
-                batches = next(self.batches)
+                with self.step.timeline.phase("data"):
+                    batches = next(self.batches)
                 self._call("on_batches", batches)
                 measured, applied = self.step(
                     batches,
@@ -100,4 +101,5 @@ class Trainer:
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, hook)(self, *args)
+            with self.step.timeline.phase(callback.phase):
+                getattr(callback, hook)(self, *args)

@@ -6,7 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMINGS = ("tokens_per_s", "positions_per_s", "tflops_per_device", "mfu", "memory_gib")
+from llada_mega.checkpoint.checkpoint import read_state
+
+TIMINGS = (
+    "tokens_per_s",
+    "positions_per_s",
+    "tflops_per_device",
+    "mfu",
+    "memory_gib",
+    "time_share",
+    "train_seconds",
+    "goodput",
+)
 
 
 def read_rows(run_dir: Path, kind: str = "loss") -> dict[int, dict[str, Any]]:
@@ -17,3 +28,10 @@ def read_rows(run_dir: Path, kind: str = "loss") -> dict[int, dict[str, Any]]:
         if kind in row:
             rows[row["step"]] = {key: value for key, value in row.items() if key not in TIMINGS}
     return rows
+
+
+def untimed_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` without what the run measured of time."""
+    state = read_state(checkpoint)
+    assert set(state["callbacks"].pop("metrics")) == {"began", "step_seconds", "train_seconds"}
+    return state

@@ -20,6 +20,7 @@ from rich.console import Console
 from llada_mega.config.schema import Config
 from llada_mega.training.run import run_training
 from tests.parallel.harness import run_ranks
+from tests.training.rows import TIMINGS
 
 pytestmark = [pytest.mark.slow]
 
@@ -161,8 +162,7 @@ def test_the_same_layout_resumes_bit_for_bit_with_bfloat16_weights(train: Callab
     parts = train("parts", *bfloat16)
     assert sorted(parts) == sorted(whole)
     for place, row in parts.items():
-        timed = ("per_s", "memory", "tflops", "mfu")
-        untimed = {key: value for key, value in row.items() if not any(word in key for word in timed)}
+        untimed = {key: value for key, value in row.items() if key not in TIMINGS}
         assert untimed == {key: whole[place][key] for key in untimed}, place
 
 

@@ -29,7 +29,7 @@ class CheckpointCallback(Callback):
     boundary at which every rank has written its part.
     """
 
-    name = "checkpoint"
+    name = phase = "checkpoint"
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, tokenizer_dir: Path | None) -> None:
         self.root = run_dir / "checkpoints"

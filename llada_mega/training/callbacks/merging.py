@@ -23,6 +23,8 @@ class MergeCallback(Callback):
     Every rank averages a share of the files. Fewer checkpoints are averaged when the last stage has no more.
     """
 
+    phase = "checkpoint"
+
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.run_dir, self.config = run_dir, config
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar with ETA for the stage and the run on a terminal, plain lines elsewhere."""
+"""What a person sees of a run: bars with ETA for the stage and the run on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llada_mega.diffusion.curriculum import ResolvedStage
 from llada_mega.training.callback import Callback
+from llada_mega.training.callbacks.eta import Eta
 from llada_mega.training.trainer import Trainer
 
 LINE_EVERY_SECONDS = 10.0  # without a terminal
@@ -24,11 +25,10 @@ class ProgressCallback(Callback):
         self.console = console
         self._progress: Progress | None = None
         self._last_line = 0.0
-        self._began = 0.0
-        self._first_step = 0
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        self._began, self._first_step = time.perf_counter(), trainer.state.step
+        self._eta = Eta(trainer.curriculum, trainer.config.trainer.global_batch_size, trainer.last_step)
+        self._eta.begin(trainer.state.step)
         if not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -36,23 +36,24 @@ class ProgressCallback(Callback):
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+            TextColumn("eta {task.fields[eta]}"),
             TextColumn("{task.fields[info]}"),
             console=self.console,
         )
         self._progress.start()
-        self._run = self._progress.add_task("run", total=trainer.last_step, completed=trainer.state.step, info="")
-        self._stage = self._progress.add_task("stage", total=1, info="")
+        start, end = trainer.state.step, trainer.last_step
+        self._run = self._progress.add_task("run", total=end, completed=start, info="", eta=hours(None))
+        self._stage = self._progress.add_task("stage", total=1, info="", eta=hours(None))
 
     def on_stage_begin(self, trainer: Trainer, stage: ResolvedStage) -> None:
-        self._stage_start = stage.start_sample
         size = trainer.config.trainer.global_batch_size
-        steps = (stage.end_sample - stage.start_sample) // size
-        done = (trainer.state.consumed_samples - stage.start_sample) // size
+        self._stage_start = stage.start_sample // size
+        steps = stage.num_samples // size
         title = f"{stage.name} (block {stage.block_size})"
         if self._progress is not None:
-            self._progress.reset(self._stage, total=steps, completed=done, description=title)
+            done = trainer.state.step - self._stage_start
+            eta = hours(self._eta.stage_seconds(trainer.state.step))
+            self._progress.reset(self._stage, total=steps, completed=done, description=title, eta=eta)
         else:
             self.console.print(f"stage {title}: {steps} steps, layout {stage.layout}")
 
@@ -63,19 +64,30 @@ class ProgressCallback(Callback):
             self.console.print(text.replace("block_", "block "))
         if "loss" not in row:
             return
+        step = row["step"]
+        self._eta.update(step)
+        stage, run = hours(self._eta.stage_seconds(step)), hours(self._eta.run_seconds(step))
         info = f"ce {row['ce_masked']:.3f}  grad {row['grad_norm']:.2f}  {row['tokens_per_s']:.0f} tok/s"
+        if row["mfu"] is not None:
+            info += f"  mfu {row['mfu']:.1%}"
         if self._progress is not None:
-            self._progress.update(self._run, completed=row["step"], info=info)
-            done = row["consumed_samples"] - self._stage_start
-            self._progress.update(self._stage, completed=done // trainer.config.trainer.global_batch_size)
-        elif time.perf_counter() - self._last_line > LINE_EVERY_SECONDS or row["step"] == trainer.last_step:
+            self._progress.update(self._run, completed=step, info=info, eta=run)
+            self._progress.update(self._stage, completed=step - self._stage_start, eta=stage)
+        elif time.perf_counter() - self._last_line > LINE_EVERY_SECONDS or step == trainer.last_step:
             self._last_line = time.perf_counter()
-            done = row["step"] - self._first_step
-            seconds = (self._last_line - self._began) / max(done, 1) * (trainer.last_step - row["step"])
-            eta = time.strftime("%H:%M:%S", time.gmtime(seconds))
-            self.console.print(f"step {row['step']:>5}/{trainer.last_step}  loss {row['loss']:.3f}  {info}  eta {eta}")
+            line = f"step {step:>5}/{trainer.last_step}  loss {row['loss']:.3f}  {info}"
+            self.console.print(f"{line}  eta {stage} (stage) {run} (run)")
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def hours(seconds: float | None) -> str:
+    """``1:02:03``, with days before it when there are any; dashes for None."""
+    if seconds is None:
+        return "-:--:--"
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import Any, TextIO
 
+from llada_mega.config.training import LoggingConfig
 from llada_mega.errors import ConfigError
 from llada_mega.training.callback import Callback
 from llada_mega.training.redaction import redact, redacted_arguments
@@ -60,25 +62,31 @@ class TensorBoardSink(Callback):
 
 
 class WandbSink(Callback):
-    """Weights & Biases; offline unless ``logging.wandb_mode=online``. The run id is resumed with the run."""
+    """Weights & Biases; offline unless ``logging.wandb_mode=online``.
+
+    The id of the wandb run is in every checkpoint, so a resumed run goes on in it. Its steps go back then, which
+    wandb's own counter cannot: rows are drawn over their key ``step`` instead.
+    """
 
     name = "wandb"
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], project: str, mode: str, run_name: str) -> None:
+    def __init__(self, run_dir: Path, config: dict[str, Any], logging: LoggingConfig, run_name: str) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ConfigError(
                 "logging.wandb=true needs the package wandb; pip install 'llada-mega[logging]'"
             ) from error
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()):
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or Path("~/.netrc").expanduser().exists()
+        if logging.wandb_mode == "online" and not has_key:
             raise ConfigError("logging.wandb_mode=online needs WANDB_API_KEY; set it or use logging.wandb_mode=offline")
         self._wandb = wandb
         self._arguments: dict[str, Any] = {
             "dir": str(run_dir),
             "config": config,
-            "project": redact(project),
-            "mode": mode,
+            "project": redact(logging.wandb_project),
+            "group": redact(logging.wandb_group) if logging.wandb_group else None,
+            "mode": logging.wandb_mode,
             "name": redact(run_name),
         }
         self._id: str | None = None
@@ -89,14 +97,16 @@ class WandbSink(Callback):
             self._id = self._id or uuid.uuid4().hex[:8]
             with redacted_arguments():  # wandb stores the command line
                 self._run = self._wandb.init(id=self._id, resume="allow", **self._arguments)
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         if self._run is not None:
-            self._run.log(flatten(row), step=trainer.state.step)
+            self._run.log(flatten(row))
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=0 if sys.exception() is None else 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"id": self._id}

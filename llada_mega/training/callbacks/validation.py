@@ -22,7 +22,7 @@ from llada_mega.training.trainer import Trainer
 class ValidationCallback(Callback):
     """Every ``validation.every`` steps and at the end; noise, masks and windows are the same each time."""
 
-    name = "validation"
+    name = phase = "validation"
 
     def __init__(self, config: ValidationConfig, samples: Sequence[Sample], seed: int) -> None:
         self.config, self.samples, self.seed = config, samples, seed
