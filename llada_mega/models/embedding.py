@@ -47,30 +47,29 @@ class NoisyEmbedding(LanguageModelEmbedding):
         if noise is None or noise.std == 0.0:
             return hidden_SBH
         rows_R, sample_R, position_R = noise.rows_R, noise.sample_R, noise.position_R
-        if self.config.sequence_parallel:
-            rows_R = rows_R - self.tp_group.rank() * hidden_SBH.shape[0]
-            here = (rows_R >= 0) & (rows_R < hidden_SBH.shape[0])
-            rows_R, sample_R, position_R = rows_R[here], sample_R[here], position_R[here]
         noise_RH = normal_channels(noise.seed, Stream.EMBEDDING, sample_R, position_R, hidden_SBH.shape[-1])
-        noise_RH = (noise_RH * noise.std).to(hidden_SBH.dtype)
-        return hidden_SBH.index_add(0, rows_R, noise_RH[:, None, :])
+        noise_RH = noise_RH * noise.std
+        if self.config.sequence_parallel:  # other ranks' rows add zeros somewhere: to leave them out would need a wait
+            here_R = rows_R // hidden_SBH.shape[0] == self.tp_group.rank()
+            rows_R, noise_RH = rows_R % hidden_SBH.shape[0], noise_RH.where(here_R[:, None], 0.0)
+        return hidden_SBH.index_add(0, rows_R, noise_RH.to(hidden_SBH.dtype)[:, None, :])
 
     @torch.no_grad()
     def table_rms(self, vocab_size: int) -> float:
         """RMS over all channels of the ``vocab_size`` real rows: the default noise std."""
-        return self._rms(torch.arange(vocab_size))
+        return float(self._rms(0, vocab_size))
 
     @torch.no_grad()
-    def row_rms(self, token_id: int) -> float:
-        """RMS of one token's row: ``mask_embedding_rms`` of the metrics for the MASK token."""
-        return self._rms(torch.tensor([token_id]))
+    def row_rms(self, token_id: int) -> Tensor:
+        """RMS of one token's row, float64 (): ``mask_embedding_rms`` of the metrics for the MASK token."""
+        return self._rms(token_id, token_id + 1)
 
-    def _rms(self, token_ids: Tensor) -> float:
-        """A collective over the tensor-parallel group."""
+    def _rms(self, first: int, end: int) -> Tensor:
+        """Of tokens ``first`` to ``end`` - 1. A collective over the tensor-parallel group."""
         table = self.word_embeddings
-        here = (token_ids >= table.vocab_start_index) & (token_ids < table.vocab_end_index)
-        rows = table.weight[(token_ids[here] - table.vocab_start_index).to(table.weight.device)]
+        low = max(first - table.vocab_start_index, 0)
+        rows = table.weight[low : max(end - table.vocab_start_index, low)]
         total = rows.double().square().sum()
         if self.tp_group.size() > 1:
             dist.all_reduce(total, group=self.tp_group)
-        return float((total / (token_ids.numel() * table.embedding_dim)).sqrt())
+        return (total / ((end - first) * table.embedding_dim)).sqrt()

@@ -246,8 +246,6 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 
 def _patch_moe_utils(moe_utils: Any) -> None:
     moe_utils.maybe_move_tensor_to_cpu = _to_host
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads the name but binds it only with TransformerEngine
-        moe_utils.te_general_gemm = None
 
 
 def _patch_token_dispatcher(token_dispatcher: Any) -> None:

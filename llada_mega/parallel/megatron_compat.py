@@ -18,6 +18,7 @@ with warnings.catch_warnings():  # "Apex is not installed" and the like: llada-m
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.moe import experts as moe_experts
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.experts import TEGroupedMLP
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -25,6 +26,8 @@ with warnings.catch_warnings():  # "Apex is not installed" and the like: llada-m
 
 VERSION: tuple[int, int] = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])  # type: ignore[assignment]
 SPECS_ARE_CALLABLES = hasattr(MLP, "as_mlp_submodule")
+if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads the name, but binds it only with TransformerEngine
+    moe_utils.te_general_gemm = None
 GroupedSubmodules: Any = getattr(moe_experts, "GroupedMLPSubmodules", MLPSubmodules)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from torch import Tensor
 
 from llada_mega.config.run import ParallelConfig
 from llada_mega.config.training import OptimizerConfig
 from llada_mega.models import BlockDiffusionModel
+from llada_mega.parallel import capabilities, cpu_runtime
 
 
 def wrap_data_parallel(
@@ -56,4 +59,11 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
+    if capabilities.clip_library() == "torch" and not cpu_runtime.is_installed():
+        clip_grads.l2_norm_impl = _l2_norm
     return get_megatron_optimizer(megatron, list(chunks))
+
+
+def _l2_norm(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
+    """Apex's ``multi_tensor_l2norm``. What Megatron-Core has without apex waits for the GPU once a parameter."""
+    return torch.nn.utils.get_total_norm([tensor for tensors in tensor_lists for tensor in tensors])[None], None

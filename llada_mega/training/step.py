@@ -158,14 +158,15 @@ class TrainStep:
     def _measure(self, outputs: list[Tensor], grad_norm: float, flops: float) -> StepMeasurement:
         """Sum over data- and context-parallel ranks what the last stage knows; then every stage knows all."""
         first, last = self.bare_models[0], self.bare_models[-1]
-        sums_M = torch.zeros(_NUM_SUMS + 2 * NOISE_BINS + 1, dtype=torch.float64, device=self.device)
+        sums_M = torch.zeros(_NUM_SUMS + 2 * NOISE_BINS + 2, dtype=torch.float64, device=self.device)
         if last.post_process:
-            sums_M[:-1] = torch.stack(outputs).sum(0)
-            sums_M[-1] = flops
+            sums_M[:-2] = torch.stack(outputs).sum(0)
+            sums_M[-2] = flops
         dist.all_reduce(sums_M, group=self.groups.dp_cp)
         assert self.model_config.mask_token_id is not None  # checked when the data was opened
-        rms = first.embedding.row_rms(self.model_config.mask_token_id) if first.pre_process else 0.0
-        *values, flops, rms = self._sum_over_stages(torch.cat((sums_M, sums_M.new_tensor([rms])))).tolist()
+        if first.pre_process:
+            sums_M[-1] = first.embedding.row_rms(self.model_config.mask_token_id)
+        *values, flops, rms = self._sum_over_stages(sums_M).tolist()
         loss, denominator, ce, rows, correct, tokens, positions = values[:_NUM_SUMS]
         bins = zip(values[_NUM_SUMS:-NOISE_BINS], values[-NOISE_BINS:], strict=True)
         return StepMeasurement(
@@ -223,10 +224,10 @@ def _loss(batch: Batch, output: RowLosses) -> tuple[Tensor, Tensor, Tensor]:
     by_noise = torch.zeros(2, NOISE_BINS, dtype=torch.float64, device=ce_R.device)
     by_noise[0].index_add_(0, bin_R, ce_R)
     by_noise[1].index_add_(0, bin_R, torch.ones_like(ce_R))
-    counts = torch.tensor(
-        [batch.denominator, n, batch.num_tokens, batch.input_ids_S.numel()], dtype=torch.float64, device=ce_R.device
+    # filled on the device: a copy of numbers from the host would wait for the forward pass
+    denominator, rows, tokens, positions = (
+        ce_R.new_full((), count) for count in (batch.denominator, n, batch.num_tokens, batch.input_ids_S.numel())
     )
-    denominator, rows, tokens, positions = counts.unbind()
     head = [output.loss_sum.detach().double(), denominator, ce_R.sum(), rows, output.correct_R[:n].sum().double()]
     metrics = torch.cat([torch.stack([*head, tokens, positions]), by_noise.flatten()])
-    return output.loss_sum, torch.tensor(batch.denominator, dtype=torch.int32, device=ce_R.device), metrics
+    return output.loss_sum, denominator.int(), metrics

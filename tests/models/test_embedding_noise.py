@@ -105,4 +105,4 @@ def test_rms_of_the_table_ignores_vocabulary_padding() -> None:
     table = embedding.word_embeddings.weight.detach()[: config.vocab_size]
     assert embedding.word_embeddings.weight.shape[0] == 256
     assert embedding.table_rms(config.vocab_size) == pytest.approx(float(table.square().mean().sqrt()), rel=1e-6)
-    assert embedding.row_rms(5) == pytest.approx(float(table[5].square().mean().sqrt()), rel=1e-6)
+    assert float(embedding.row_rms(5)) == pytest.approx(float(table[5].square().mean().sqrt()), rel=1e-6)
