@@ -1,0 +1,46 @@
+# shellcheck shell=bash
+# The part that the job scripts of this directory share; they set EXPERIMENT and source it. Runs on the first node of the
+# job, outside of any container, with bash and Slurm's commands alone; whatever needs Python is in launch/.
+set -euo pipefail
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# Other nodes connect to the first one. There is no fallback: with localhost every node would wait for itself.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+name=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+read -r MASTER_ADDR _ < <(getent ahosts "${name:-$head}") ||
+    fail "the first node, $head (${name:-no NodeAddr}), does not resolve on $(hostname); mend DNS, /etc/hosts or NodeAddr"
+[[ $MASTER_ADDR != 127.* || $name == "$MASTER_ADDR" || $SLURM_JOB_NUM_NODES == 1 ]] ||
+    fail "the first node, $head ($name), resolves to $MASTER_ADDR, where no other node finds it; mend /etc/hosts"
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+
+options=(--ntasks-per-node=1 --cpu-bind=none)
+# A node that fails has a minute until the rest is stopped: the first node is still to say how the run goes on.
+options+=(--kill-on-bad-exit=0 --wait=60)
+if [[ -n ${CONTAINER_IMAGE:-} ]]; then # pyxis and enroot
+    options+=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD")
+    options+=(--container-mounts="${CONTAINER_MOUNTS:-$LLADA_MEGA_HOME:$LLADA_MEGA_HOME,$PWD:$PWD}")
+fi
+
+# bash runs a trap only between commands, so srun is in the background.
+srun "${options[@]}" "$LLADA_MEGA_HOME/launch/torchrun.sh" experiment="$EXPERIMENT" "$@" &
+step=$! interrupted='' cancelled=''
+trap 'interrupted=1; echo "the time limit is near: asking for a checkpoint"; kill -USR1 "$step"' USR1
+trap 'interrupted=1 cancelled=1' TERM # scancel or preemption; Slurm has told the processes itself
+while true; do
+    status=0
+    wait "$step" || status=$?
+    [[ -n $interrupted ]] || break
+    interrupted=''
+done
+
+[[ -z $cancelled ]] || exit 143 # a preempted job is requeued by Slurm, a cancelled one by nobody
+if ((status != 85 && status < 128)); then
+    echo "the job ends with status $status ($LLADA_MEGA_HOME/docs/cluster.md)"
+    exit "$status"
+fi
+echo "requeued with status $status, restart $((${SLURM_RESTART_COUNT:-0} + 1))"
+scontrol requeue "$SLURM_JOB_ID" || fail "Slurm does not requeue this job; submit it again, it resumes"
