@@ -61,7 +61,7 @@ class Command:
             "example:",
             *(f"  {line}" for line in self.example.splitlines()),
         ]
-        if self.options is Config:
+        if issubclass(self.options, Config):
             lines += ["", "config groups (group=choice; your own files: hydra.searchpath=[file:///directory]):"]
             lines += [f"  {group}={' | '.join(choices)}" for group, choices in config_groups().items()]
         lines += ["", "keys:", *(line for key in walk(self.options) for line in _describe(key))]

@@ -60,7 +60,7 @@ def config_groups() -> dict[str, list[str]]:
 def compose(schema: type[T], overrides: Sequence[str] = ()) -> T:
     """The configuration as dataclasses, defaults and ``overrides`` applied, interpolations resolved.
 
-    ``schema`` is ``Config`` (composed from ``configs/train.yaml``) or the options dataclass of another command.
+    ``schema`` is ``Config`` (composed from ``configs/train.yaml``), a subclass, or the options dataclass of a command.
     Raises ConfigError for an unknown key or choice, a wrong type, or an override that cannot be read.
     """
     with _explained(schema):
@@ -96,12 +96,17 @@ def is_swept(job_overrides: Sequence[Sequence[str]], key: str) -> bool:
     return len(values) > 1
 
 
+def _is_run(schema: type) -> bool:
+    """True for the configuration of a run, also where a command adds keys of its own."""
+    return issubclass(schema, Config)
+
+
 def _config_name(schema: type) -> str:
-    return "train" if schema is Config else f"options_{schema.__module__}.{schema.__qualname__}"
+    return "train" if _is_run(schema) else f"options_{schema.__module__}.{schema.__qualname__}"
 
 
 def _groups(schema: type) -> list[str]:
-    return list(config_groups()) if schema is Config else []
+    return list(config_groups()) if _is_run(schema) else []
 
 
 def _compose(schema: type, overrides: Sequence[str]) -> DictConfig:
@@ -123,10 +128,10 @@ def _compose(schema: type, overrides: Sequence[str]) -> DictConfig:
 @contextmanager
 def _hydra(schema: type) -> Iterator[None]:
     store = ConfigStore.instance()
-    store.store(name="train_schema" if schema is Config else _config_name(schema), node=schema, provider="llada_mega")
+    store.store(name="train_schema" if _is_run(schema) else _config_name(schema), node=schema, provider="llada_mega")
     Plugins.instance()
     # The options of the other commands see no config groups: `eval checkpoint=...` names a path, not a group's choice.
-    directory = str(config_directory()) if schema is Config else None
+    directory = str(config_directory()) if _is_run(schema) else None
     with initialize_config_dir(directory, version_base="1.3") if directory else initialize(None, version_base="1.3"):
         yield
 

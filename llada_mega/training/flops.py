@@ -42,7 +42,7 @@ class Flops:
         return Flops(factor * self.linear, factor * self.experts, factor * self.attention, factor * self.logits)
 
 
-def layer_flops(config: ModelConfig, layer: int, positions: int, visible_pairs: int) -> Flops:
+def layer_flops(config: ModelConfig, layer: int, positions: float, visible_pairs: float) -> Flops:
     """Forward pass of the 0-based ``layer`` over ``positions`` tokens whose rows see ``visible_pairs`` keys in all."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     linear = hidden * (heads + 2 * config.num_query_groups * config.head_dim) + heads * hidden
@@ -56,12 +56,12 @@ def layer_flops(config: ModelConfig, layer: int, positions: int, visible_pairs: 
     return Flops(2.0 * positions * linear, 2.0 * positions * routed, attention=4.0 * visible_pairs * heads)
 
 
-def logit_flops(config: ModelConfig, rows: int) -> Flops:
+def logit_flops(config: ModelConfig, rows: float) -> Flops:
     """Forward pass of the output projection at ``rows`` rows."""
     return Flops(logits=2.0 * config.hidden_size * config.vocab_size * rows)
 
 
-def forward_flops(config: ModelConfig, positions: int, visible_pairs: int, logit_rows: int) -> Flops:
+def forward_flops(config: ModelConfig, positions: float, visible_pairs: float, logit_rows: float) -> Flops:
     """Forward pass of the whole model."""
     layers = (layer_flops(config, layer, positions, visible_pairs) for layer in range(config.num_layers))
     return sum(layers, logit_flops(config, logit_rows))

@@ -1,0 +1,151 @@
+"""What a layer keeps for its backward pass, and what that needs on top: one short function a component.
+
+A test measures real steps and compares every component, so a module that keeps more or less than is written here is
+seen. On a GPU with TransformerEngine the same tensors are assumed, but for the routed experts: Megatron-Core's
+``TEGroupedMLP`` keeps all intermediates. That was read, not measured.
+
+Legend of sizes: T tokens of a rank between the tensor-parallel parts (S / tp with sequence parallelism), S positions
+inside them, N routes that arrive at a rank's experts, R logit rows, H hidden size, F width of a network (/tp or /etp),
+V rows of the vocabulary (/tp).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llada_mega.config.model import ModelConfig
+from llada_mega.config.run import ParallelConfig
+from llada_mega.models.logits import CHUNK_ROWS
+
+WIDE = 4  # bytes of fp32: statistics, scores, losses
+INDEX = 8  # bytes of int64
+
+Bytes = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One micro-batch on one rank.
+
+    Attributes:
+        tokens, positions, routes, logit_rows: T, S, N, R.
+        most_routes: to the fullest of its experts.
+        element: bytes of parameters and activations.
+        te: TransformerEngine's layers: weight gradients are added to their buffers inside the matrix product.
+    """
+
+    tokens: int
+    positions: int
+    routes: float
+    most_routes: float
+    logit_rows: int
+    element: int
+    te: bool = False
+
+
+def layer(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:
+    """Bytes that the 0-based layer keeps from its forward to its backward pass, by component."""
+    kept = {
+        "attention": _attention(model, parallel, sizes),
+        "norms": _norms(model, parallel, sizes),
+        "residual stream": 2 * sizes.tokens * model.hidden_size * sizes.element,  # after either part
+    }
+    if model.is_moe_layer(index):
+        kept["router"] = _router(model, sizes)
+        kept["experts"] = _experts(model, parallel, sizes)
+        kept["feed-forward"] = _feed_forward(model.moe.shared_expert_ffn_hidden_size // parallel.tp, sizes)
+    else:
+        kept["feed-forward"] = _feed_forward(model.ffn_hidden_size // parallel.tp, sizes)
+    return kept
+
+
+def _attention(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> float:
+    """Q, K, V as projected (V stays a view of it), Q and K rotated, output, log-sum-exp.
+
+    The norm of the queries wants them contiguous, and keeps that copy. Recomputing the core saves the log-sum-exp
+    alone: its inputs and its output, which the projection behind it needs, are kept anyway.
+    """
+    query = model.num_attention_heads * model.head_dim // parallel.tp
+    key = model.num_query_groups * model.head_dim // parallel.tp
+    rows = (query + 2 * key) + (query + key) + query + (query if model.qk_norm else 0)
+    lse = 0 if parallel.recompute == "selective" else model.num_attention_heads // parallel.tp * WIDE
+    gathered = 2 * key * (parallel.cp > 1) * parallel.cp  # keys and values of all context-parallel ranks
+    return sizes.positions * ((rows + gathered) * sizes.element + lse)
+
+
+def _norms(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> float:
+    """Two outputs, which the linear layers behind them need, and statistics; inputs are kept by others."""
+    heads = (model.num_attention_heads + model.num_query_groups) // parallel.tp if model.qk_norm else 0
+    return 2 * sizes.tokens * (model.hidden_size * sizes.element + WIDE) + sizes.positions * heads * WIDE
+
+
+def _feed_forward(width: int, sizes: Sizes) -> float:
+    """Gate and up, silu(gate), up, their product."""
+    return sizes.positions * 5 * width * sizes.element
+
+
+def _router(model: ModelConfig, sizes: Sizes) -> float:
+    """Scores of all experts; choices and their scores."""
+    return sizes.tokens * (model.moe.num_experts * WIDE + model.moe.top_k * (INDEX + WIDE))
+
+
+def _experts(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> float:
+    """Gate and up of every route, its token and share.
+
+    Where tokens come from other ranks, they too. TransformerEngine keeps silu(gate), up, their product and that times
+    the share besides.
+    """
+    width = model.moe.expert_ffn_hidden_size // parallel.etp
+    inner = (6 if sizes.te else 2) * width
+    arrived = model.hidden_size if sizes.te or parallel.ep * parallel.etp > 1 or parallel.tp > 1 else 0
+    return sizes.routes * ((inner + arrived) * sizes.element + 2 * INDEX + WIDE)
+
+
+def embedding(model: ModelConfig, sizes: Sizes) -> float:
+    """The output of the embedding, or what the previous pipeline stage sent."""
+    return sizes.tokens * model.hidden_size * sizes.element
+
+
+def layer_input(model: ModelConfig, sizes: Sizes) -> float:
+    """All that a layer keeps under full recomputation."""
+    return sizes.tokens * model.hidden_size * sizes.element
+
+
+def rotary(model: ModelConfig, sizes: Sizes) -> float:
+    """Factors of the rotary embedding, once for all layers."""
+    return sizes.positions * model.head_dim * (1 + model.rotary_percent / 2) * sizes.element
+
+
+def logits(model: ModelConfig, vocab: int, sizes: Sizes) -> float:
+    """The largest moment of the chunked cross entropy: rows, their gradient, two chunks, the output's gradient.
+
+    A chunk's logits live until those of the next one are there, in fp32 beside the model's dtype. Its contribution to
+    the gradient of the output matrix is a matrix by itself only where dtypes differ.
+    """
+    rows = 2 * sizes.logit_rows * model.hidden_size * sizes.element
+    chunk = min(CHUNK_ROWS, sizes.logit_rows)
+    last = min(chunk, max(sizes.logit_rows - chunk, 0))
+    mixed = 0 if sizes.element == WIDE else sizes.element
+    matrix = vocab * model.hidden_size
+    two_chunks = (chunk + last) * vocab * (WIDE + mixed) + (matrix * WIDE if last else 0)
+    one_chunk = chunk * vocab * (WIDE + mixed) + matrix * (WIDE + mixed)
+    return rows + max(two_chunks, one_chunk)
+
+
+def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:
+    """Gradients and temporaries at the largest moment of a layer's backward pass, in its feed-forward network.
+
+    Dense: the gradient that came in and those of the three inner tensors, when the product of two is gone. Experts: the
+    gradient that came in and the one that goes out, scratch rows, and the weight gradients of all experts, unless they
+    are added to their buffers at once.
+    """
+    hidden, element = model.hidden_size, sizes.element
+    stream = sizes.tokens * hidden * element
+    if not model.is_moe_layer(index):
+        inner = sizes.positions * model.ffn_hidden_size // parallel.tp * element
+        return {"backward work": stream + 3 * inner, "feed-forward": -inner}
+    width = model.moe.expert_ffn_hidden_size // parallel.etp
+    if sizes.te:
+        return {"backward work": 2 * stream + sizes.routes * (2 * hidden + 4 * width) * element}
+    weights = model.moe.num_experts // parallel.ep * 3 * hidden * width
+    return {"backward work": 2 * stream + (weights + sizes.most_routes * (hidden + 6 * width)) * element}

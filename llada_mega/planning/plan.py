@@ -1,0 +1,324 @@
+"""The plan of a run: will it fit, how fast will it be, how long will it take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from llada_mega.config.count import active_parameters, total_parameters
+from llada_mega.config.data import Corpus
+from llada_mega.config.layout import data_parallel_size
+from llada_mega.config.run import ParallelConfig
+from llada_mega.config.validate import validate
+from llada_mega.diffusion.curriculum import build_curriculum
+from llada_mega.diffusion.stages import ResolvedStage
+from llada_mega.errors import ConfigError
+from llada_mega.planning.hardware import Device, choose_device
+from llada_mega.planning.memory import GIB, Copies, Peak, peak_memory, sizes_of
+from llada_mega.planning.options import PlanOptions
+from llada_mega.planning.shapes import Shape, shape_of_stage
+from llada_mega.planning.share import Share, share_of_stage
+from llada_mega.planning.step_time import StepTime, Work, sent_by_rank, step_time
+from llada_mega.training.flops import STEP, forward_flops
+
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the curriculum.
+
+    Attributes:
+        steps: optimizer steps.
+        positions, logit_rows: of a micro-batch on a rank, rounding included; rows as expected.
+        tflop: model TFLOP of a step, all devices together.
+        sent_gib: bytes that the rank with the longest step sends in it, by axis, in GiB.
+        seconds: of a step, by what it is spent on, on that rank.
+        mfu: model FLOPs of the step over what the devices could do at their peak.
+    """
+
+    name: str
+    block_size: int
+    layout: str
+    tokens: int
+    steps: int
+    positions: int
+    logit_rows: int
+    tflop: float
+    sent_gib: dict[str, float]
+    seconds: dict[str, float]
+    step_seconds: float
+    mfu: float
+    tokens_per_day: float
+    days: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The ranks of one pipeline stage: what they hold, and their peak over the whole curriculum, in GiB."""
+
+    pipeline_stage: int
+    layers: int
+    parameters: int
+    moment: str
+    curriculum_stage: str
+    memory_gib: dict[str, float]
+    total_gib: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is printed and written as JSON."""
+
+    run: str
+    model: dict[str, int]
+    hardware: dict[str, Any]
+    implementation: str
+    gpus: int
+    data_parallel: int
+    micro_batches: int
+    parallel: dict[str, Any]
+    micro_batch_size: int
+    dtype: str
+    ranks: tuple[RankPlan, ...]
+    stages: tuple[StagePlan, ...]
+    assume: dict[str, Any]
+    fits: bool
+    peak_gib: float
+    usable_gib: float
+    days: float
+    gpu_hours: float
+    mean_mfu: float
+
+
+class Planner:
+    """Plans layouts of one run on one kind of device.
+
+    Args:
+        options: validated by :func:`prepare`.
+    """
+
+    def __init__(self, options: PlanOptions) -> None:
+        self.options = options
+        self.device: Device = choose_device(options.hardware, options.trainer.dtype)
+        self.dtype: torch.dtype = getattr(torch, options.trainer.dtype)
+        wanted = options.model.implementation
+        self.implementation = self.device.implementation if wanted == "auto" else wanted
+        self.stages = build_curriculum(
+            options.curriculum.stages,
+            sequence_length=options.data.sequence_length,
+            global_batch_size=options.trainer.global_batch_size,
+            base_lr=options.optimizer.lr,
+            min_lr=options.optimizer.min_lr,
+            default_objective=options.objective,
+        ).stages
+        self.usable = self.device.memory_gib - options.assume.reserved_gib
+        self._shapes: dict[int, list[Shape]] = {}
+
+    def shapes(self, micro_batch_size: int) -> list[Shape]:
+        """Of every stage's micro-batches, worked out once."""
+        if micro_batch_size not in self._shapes:
+            trainer = replace(self.options.trainer, micro_batch_size=micro_batch_size)
+            options = replace(self.options, trainer=trainer)
+            length = self.options.assume.document_length
+            self._shapes[micro_batch_size] = [shape_of_stage(options, stage, length) for stage in self.stages]
+        return self._shapes[micro_batch_size]
+
+    def memory(self, parallel: ParallelConfig, micro_batch_size: int, gpus: int) -> tuple[RankPlan, ...]:
+        """The peak of every pipeline stage, at the curriculum stage where it is highest and all tokens are masked."""
+        copies, count = Copies.of(parallel, gpus), self._micro_batches(parallel, micro_batch_size, gpus)
+        return tuple(
+            self._rank(share_of_stage(self.options.model, parallel, stage), parallel, micro_batch_size, copies, count)
+            for stage in range(parallel.pp)
+        )
+
+    def plan(self, parallel: ParallelConfig, micro_batch_size: int, gpus: int) -> Plan:
+        """Everything about one layout that :func:`validate` accepts."""
+        options = self.options
+        ranks = self.memory(parallel, micro_batch_size, gpus)
+        stages = tuple(
+            self._stage(stage, shape, parallel, micro_batch_size, gpus)
+            for stage, shape in zip(self.stages, self.shapes(micro_batch_size), strict=True)
+        )
+        days = sum(stage.days for stage in stages)
+        peak = max(rank.total_gib for rank in ranks)
+        return Plan(
+            run=options.run.name,
+            model={"parameters": total_parameters(options.model), "active": active_parameters(options.model)},
+            hardware=asdict(self.device),
+            implementation=self.implementation,
+            gpus=gpus,
+            data_parallel=data_parallel_size(parallel, gpus),
+            micro_batches=self._micro_batches(parallel, micro_batch_size, gpus),
+            parallel=asdict(parallel),
+            micro_batch_size=micro_batch_size,
+            dtype=options.trainer.dtype,
+            ranks=ranks,
+            stages=stages,
+            assume=asdict(options.assume),
+            fits=all(rank.fits for rank in ranks),
+            peak_gib=peak,
+            usable_gib=self.usable,
+            days=days,
+            gpu_hours=days * 24 * gpus,
+            mean_mfu=sum(stage.mfu * stage.days for stage in stages) / days,
+        )
+
+    def days(self, parallel: ParallelConfig, micro_batch_size: int, gpus: int) -> float:
+        """Of the whole curriculum."""
+        shapes = self.shapes(micro_batch_size)
+        known: dict[Shape, float] = {}
+        total = 0.0
+        for stage, shape in zip(self.stages, shapes, strict=True):
+            if shape not in known:
+                known[shape] = self._stage(stage, shape, parallel, micro_batch_size, gpus).step_seconds
+            total += stage.num_samples / self.options.trainer.global_batch_size * known[shape] / _DAY
+        return total
+
+    def _rank(
+        self, share: Share, parallel: ParallelConfig, micro_batch_size: int, copies: Copies, count: int
+    ) -> RankPlan:
+        highest: tuple[Peak, str] | None = None
+        for stage, shape in zip(self.stages, self.shapes(micro_batch_size), strict=True):
+            sizes = self._sizes(shape, parallel, shape.most_rows)
+            peak = peak_memory(self.options.model, parallel, share, copies, sizes, count)
+            if highest is None or peak.total > highest[0].total:
+                highest = peak, stage.name
+        assert highest is not None  # a curriculum has stages
+        peak, name = highest
+        total = peak.total / GIB
+        parts = {component: count / GIB for component, count in peak.components.items()}
+        return RankPlan(
+            share.stage,
+            len(share.layers),
+            share.total_parameters,
+            peak.moment,
+            name,
+            parts,
+            total,
+            total <= self.usable,
+        )
+
+    def _stage(
+        self, stage: ResolvedStage, shape: Shape, parallel: ParallelConfig, micro_batch_size: int, gpus: int
+    ) -> StagePlan:
+        options, model = self.options, self.options.model
+        copies, count = Copies.of(parallel, gpus), self._micro_batches(parallel, micro_batch_size, gpus)
+        sizes = self._sizes(shape, parallel, shape.rows)
+        slowest: tuple[StepTime, dict[str, float]] | None = None
+        for pipeline_stage in _different_stages(parallel):
+            share = share_of_stage(model, parallel, pipeline_stage)
+            pairs, tiles = shape.visible_pairs / parallel.cp, shape.tile_pairs / parallel.cp
+            work = Work.of(model, parallel, share, sizes, pairs, tiles)
+            sent = sent_by_rank(model, parallel, share, copies, sizes, shape.keys_sent(parallel), count)
+            time = step_time(
+                parallel,
+                share,
+                copies,
+                sizes,
+                work,
+                sent,
+                count,
+                self.device,
+                options.assume,
+                options.trainer.dtype,
+            )
+            if slowest is None or time.total > slowest[0].total:
+                slowest = time, sent
+        assert slowest is not None
+        time, sent = slowest
+        batch = options.trainer.global_batch_size
+        useful = forward_flops(model, shape.noisy + shape.clean, shape.visible_pairs, round(shape.rows)).total
+        flops = STEP * useful * batch / micro_batch_size
+        steps = stage.num_samples // batch
+        days = steps * time.total / _DAY
+        return StagePlan(
+            name=stage.name,
+            block_size=stage.block_size,
+            layout=stage.layout,
+            tokens=stage.num_samples * stage.sequence_length,
+            steps=steps,
+            positions=sizes.positions,
+            logit_rows=sizes.logit_rows,
+            tflop=flops / 1e12,
+            sent_gib={axis: count / GIB for axis, count in sent.items()},
+            seconds=asdict(time),
+            step_seconds=time.total,
+            mfu=flops / (time.total * gpus * self.device.peak_tflops[options.trainer.dtype] * 1e12),
+            tokens_per_day=batch * stage.sequence_length / time.total * _DAY,
+            days=days,
+            gpu_hours=days * 24 * gpus,
+        )
+
+    def _sizes(self, shape: Shape, parallel: ParallelConfig, rows: float) -> Any:
+        return sizes_of(
+            self.options.model,
+            parallel,
+            shape.positions(parallel),
+            shape.logit_rows(parallel, rows),
+            self.dtype,
+            expert_load=self.options.assume.expert_load,
+            te=self.implementation == "te",
+        )
+
+    def _micro_batches(self, parallel: ParallelConfig, micro_batch_size: int, gpus: int) -> int:
+        ranks = data_parallel_size(parallel, gpus)
+        return self.options.trainer.global_batch_size // (micro_batch_size * ranks)
+
+
+def prepare(options: PlanOptions) -> None:
+    """Fill in what a plan does not need, and refuse what no run could have.
+
+    Raises:
+        ConfigError: the message names the key.
+    """
+    if not options.data.train:
+        options.data.train = [Corpus("not read")]
+    choose_device(options.hardware, options.trainer.dtype)
+    validate(options, options.gpus)
+
+
+def make_plan(options: PlanOptions) -> Plan:
+    """The plan of the run's own layout, on ``gpus`` devices or on the fewest on which it fits.
+
+    Raises:
+        ConfigError: the layout does not go with the number of devices, or no number of devices is enough.
+    """
+    planner, micro = Planner(options), options.trainer.micro_batch_size
+    if options.gpus is not None:
+        return planner.plan(options.parallel, micro, options.gpus)
+    counts = list(_possible_devices(options))
+    if not counts:
+        raise ConfigError(
+            f"trainer.global_batch_size={options.trainer.global_batch_size} goes with no number of devices under this "
+            "layout; give gpus=N to see why"
+        )
+    for gpus in counts:
+        if all(rank.fits for rank in planner.memory(options.parallel, micro, gpus)):
+            return planner.plan(options.parallel, micro, gpus)
+    return planner.plan(options.parallel, micro, counts[-1])
+
+
+def _possible_devices(options: PlanOptions) -> Sequence[int]:
+    """Numbers of devices that the layout and the global batch allow, growing by factors of two."""
+    parallel, found = options.parallel, []
+    unit = math.lcm(parallel.tp * parallel.cp * parallel.pp, parallel.etp * parallel.ep * parallel.pp)
+    while unit <= options.trainer.global_batch_size * parallel.tp * parallel.cp * parallel.pp:
+        try:
+            validate(options, unit)
+            found.append(unit)
+        except ConfigError:
+            pass
+        unit *= 2
+    return found
+
+
+def _different_stages(parallel: ParallelConfig) -> list[int]:
+    """Pipeline stages that may take different times: the ends, and one between them."""
+    return sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})

@@ -1,0 +1,173 @@
+"""How long a step takes: work and bytes over rates, with the efficiencies of ``assume``. Nothing here is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llada_mega.config.model import ModelConfig
+from llada_mega.config.run import ParallelConfig
+from llada_mega.planning import communication
+from llada_mega.planning.activations import WIDE, layer
+from llada_mega.planning.hardware import Device
+from llada_mega.planning.memory import Copies, Sizes
+from llada_mega.planning.options import Assumptions
+from llada_mega.planning.share import Share
+from llada_mega.training.flops import STEP, Flops, layer_flops, logit_flops
+
+# Attention multiplies twice forward and, as the scores are computed again, five times backward; a model FLOP counts
+# three times two products.
+ATTENTION_PASSES = 3.5
+# Every byte that is kept was written and is read forward; backward it is read, and a gradient as large is written and
+# read.
+PASSES_OVER_KEPT = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """One micro-batch on one rank: forward FLOPs by kernel, attention over whole tiles, and bytes that are kept."""
+
+    flops: Flops
+    tile_attention: float
+    kept: float
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, parallel: ParallelConfig, share: Share, sizes: Sizes, pairs: float, tile_pairs: float
+    ) -> Work:
+        """Of the share of a pipeline stage; ``pairs`` are those of a context-parallel rank's rows."""
+        flops, kept = Flops(), 0.0
+        for index in share.layers:
+            flops += layer_flops(model, index, sizes.positions, pairs)
+            kept += sum(layer(model, parallel, index, sizes).values())
+        if share.is_last:
+            flops += logit_flops(model, sizes.logit_rows)
+        flops = (1 / parallel.tp) * flops
+        return cls(flops, flops.attention * tile_pairs / pairs if pairs else 0.0, kept)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on the slowest pipeline stage.
+
+    Attributes:
+        linear, experts, attention, logits, memory: computation; ``memory`` is what waits for bandwidth.
+        recompute: forward passes repeated.
+        tp, cp, ep, pp: communication inside micro-batches, none of it hidden.
+        bubble: stages that wait for others at both ends of the step.
+        dp: gradients and weights across data-parallel ranks, what is not hidden.
+        optimizer: reads and writes of its state.
+    """
+
+    linear: float
+    experts: float
+    attention: float
+    logits: float
+    memory: float
+    recompute: float
+    tp: float
+    cp: float
+    ep: float
+    pp: float
+    bubble: float
+    dp: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(vars(self).values())
+
+
+def step_time(
+    parallel: ParallelConfig,
+    share: Share,
+    copies: Copies,
+    sizes: Sizes,
+    work: Work,
+    sent: dict[str, float],
+    num_micro_batches: int,
+    device: Device,
+    assume: Assumptions,
+    dtype: str,
+) -> StepTime:
+    """Of a rank of the pipeline stage ``share``, which sends ``sent`` bytes by axis in a step."""
+    peak = device.peak_tflops[dtype] * 1e12
+    bandwidth = device.memory_gb_per_s * 1e9 * assume.memory_efficiency
+    uneven = assume.expert_load if parallel.ep > 1 else 1.0
+    forward = {
+        "linear": work.flops.linear / (peak * assume.linear_efficiency),
+        "experts": work.flops.experts * uneven / (peak * assume.expert_efficiency),
+        "attention": work.tile_attention / (peak * assume.attention_efficiency),
+    }
+    logits = STEP * work.flops.logits / (peak * assume.linear_efficiency)
+    memory = PASSES_OVER_KEPT * work.kept / bandwidth
+    again = {"full": sum(forward.values()) + 2 * work.kept / bandwidth, "selective": forward["attention"]}
+    passes = {"linear": STEP, "experts": STEP, "attention": ATTENTION_PASSES}
+    count = num_micro_batches
+    compute = {name: count * passes[name] * seconds for name, seconds in forward.items()}
+    compute |= {"logits": count * logits, "memory": count * memory}
+    compute["recompute"] = count * again.get(parallel.recompute, 0.0)
+    moved = {
+        axis: sent.get(axis, 0.0) / rate(axis, parallel, copies, device, assume) for axis in ("tp", "cp", "ep", "pp")
+    }
+    busy = sum(compute.values()) + sum(moved.values())
+    dp = sent.get("dp", 0.0) / rate("dp", parallel, copies, device, assume)
+    shrink = copies if parallel.distributed_optimizer else Copies(1, 1)
+    state = share.dense_parameters / shrink.dense + share.expert_parameters / shrink.experts
+    # Gradient, two moments and weights are read, moments and weights written; the gradient buffers are cleared.
+    traffic = 7 * WIDE * state + (sizes.element + WIDE) * share.total_parameters
+    return StepTime(
+        **compute,
+        **moved,
+        bubble=busy / count * (parallel.pp - 1) / (parallel.vp or 1),
+        dp=dp * (1 - assume.overlapped if parallel.overlap else 1),
+        optimizer=traffic / bandwidth,
+    )
+
+
+def rate(axis: str, parallel: ParallelConfig, copies: Copies, device: Device, assume: Assumptions) -> float:
+    """Bytes a second that a rank sends along an axis: links inside a node, the network for the part that leaves it.
+
+    Ranks follow each other along tp, cp, then dp and pp; those of the experts along etp, ep.
+    """
+    inside, outside = (gb * 1e9 * assume.link_efficiency for gb in (device.link_gb_per_s, device.network_gb_per_s))
+    reach = {
+        "tp": parallel.tp,
+        "cp": parallel.tp * parallel.cp,
+        "ep": parallel.etp * parallel.ep,
+        "dp": parallel.tp * copies.dense,
+        "pp": parallel.tp * copies.dense * parallel.pp,
+    }[axis]
+    if reach <= device.node_size:
+        return inside
+    if axis != "ep":  # a ring is as fast as its slowest link
+        return outside
+    leaves = 1 - (device.node_size // parallel.etp - 1) / max(parallel.ep - 1, 1)
+    return 1 / (leaves / outside + (1 - leaves) / inside)
+
+
+def sent_by_rank(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    share: Share,
+    copies: Copies,
+    sizes: Sizes,
+    keys_sent: int,
+    num_micro_batches: int,
+) -> dict[str, float]:
+    """Bytes by axis that a rank of the stage sends in a step when tokens choose all experts alike."""
+    moe_layers = sum(model.is_moe_layer(index) for index in share.layers)
+    routes = sizes.tokens * model.moe.top_k * moe_layers * num_micro_batches
+    rank = communication.Rank(
+        layers=len(share.layers),
+        moe_layers=moe_layers,
+        is_first=share.is_first,
+        is_last=share.is_last,
+        dense_parameters=share.dense_parameters,
+        expert_parameters=share.expert_parameters,
+        dense_copies=copies.dense,
+        expert_copies=copies.experts,
+        routes_leaving=routes * (parallel.ep - 1) // parallel.ep,
+    )
+    batch = communication.MicroBatch(sizes.positions, sizes.logit_rows, keys_sent, num_micro_batches)
+    return communication.bytes_of_step(model, parallel, rank, [batch], sizes.element)
