@@ -45,13 +45,17 @@ class CheckpointWrite:
         self._new = NewDirectory(directory)
 
     def start(
-        self, sharded_state: dict[str, Any], sum_over_ranks: Callable[[int], int] = lambda number: number
+        self,
+        sharded_state: dict[str, Any],
+        sum_over_ranks: Callable[[int], int] = lambda number: number,
+        memory: storage.Snapshot | None = None,
     ) -> None:
         """Take the snapshot and make room. Raises CheckpointError (no space, no permission).
 
-        ``sum_over_ranks`` adds up a number over all ranks, of which each calls it once.
+        ``sum_over_ranks`` adds up a number over all ranks, of which each calls it once. ``memory`` is an earlier
+        snapshot of the same run, which the new one overwrites.
         """
-        self._tensors, self._index = storage.snapshot(sharded_state)
+        self._tensors, self._index = storage.snapshot(sharded_state, memory)
         needed = sum_over_ranks(storage.stored_bytes(self._tensors))
         if self.rank:
             return

@@ -66,11 +66,13 @@ def _offset_and_shape(tensor: ShardedTensor) -> tuple[tuple[int, ...], tuple[int
     return tuple(tensor.global_offset), shape
 
 
-def snapshot(state: dict[str, Any]) -> tuple[Snapshot, dict[str, Any]]:
+def snapshot(state: dict[str, Any], memory: Snapshot | None = None) -> tuple[Snapshot, dict[str, Any]]:
     """Copy what this rank owns of ``state`` to the CPU, so that training can go on while it is written.
 
     Args:
         state: a Megatron sharded state dict (nested dicts and lists of ``ShardedTensor`` and factories).
+        memory: an earlier snapshot of the same tensors, to be overwritten: memory that the kernel has to find and clear
+            first takes several times as long to copy into.
     Returns:
         tensors by shard name, and this rank's ``tensors`` index as described in the module docstring.
     Raises:
@@ -92,7 +94,10 @@ def snapshot(state: dict[str, Any]) -> tuple[Snapshot, dict[str, Any]]:
             raise CheckpointError(f"two tensors claim {name}")
         assert value.data is not None
         # A copy even on the CPU: the optimizer changes these tensors in place while the snapshot is written.
-        tensors[name] = value.data.detach().to("cpu", copy=True).reshape(shape).contiguous()
+        copy = (memory or {}).get(name)
+        if copy is None:
+            copy = torch.empty(shape, dtype=value.data.dtype)
+        tensors[name] = copy.copy_(value.data.detach().reshape(shape))
         dtype = str(value.data.dtype).removeprefix("torch.")
         entry = index.setdefault(
             value.key, {"dtype": dtype, "global_shape": list(map(int, value.global_shape)), "shards": []}

@@ -117,3 +117,11 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"tensors": {"w": {"dtype": "float32"}}}))
     with pytest.raises(CheckpointError, match="damaged"):
         storage.read_index(tmp_path)
+
+
+def test_a_snapshot_overwrites_an_earlier_one() -> None:
+    weight = torch.ones(2, 3)
+    first, _ = storage.snapshot({"w": ShardedTensor.from_rank_offsets("w", weight)})
+    second, _ = storage.snapshot({"w": ShardedTensor.from_rank_offsets("w", 2 * weight)}, first)
+    assert second["w@0.0"].data_ptr() == first["w@0.0"].data_ptr()
+    assert torch.equal(second["w@0.0"], 2 * weight)

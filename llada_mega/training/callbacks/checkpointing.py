@@ -12,6 +12,7 @@ import torch
 from llada_mega.checkpoint.checkpoint import list_checkpoints, remove_checkpoint, step_name
 from llada_mega.checkpoint.merge import ALL_STAGES, NEWEST_STAGE, find_candidates
 from llada_mega.checkpoint.save import CheckpointWrite
+from llada_mega.checkpoint.storage import Snapshot, snapshot
 from llada_mega.config.training import CheckpointConfig
 from llada_mega.errors import CheckpointError
 from llada_mega.training.callback import Callback
@@ -25,8 +26,8 @@ LATEST = "latest"
 class CheckpointCallback(Callback):
     """Saves every ``checkpoint.every`` steps and at the end; synchronously, or in a thread with ``checkpoint.async``.
 
-    With the thread, training waits only for the copy to CPU memory; the checkpoint becomes visible at the first step
-    boundary at which every rank has written its part.
+    With the thread, training waits only for the copy to CPU memory, which is set aside before the first step and kept;
+    the checkpoint becomes visible at the first step boundary at which every rank has written its part.
     """
 
     name = phase = "checkpoint"
@@ -35,11 +36,14 @@ class CheckpointCallback(Callback):
         self.root = run_dir / "checkpoints"
         self.config, self.tokenizer_dir = config, tokenizer_dir
         self._pending: _Pending | None = None
+        self._memory: Snapshot | None = None
         self._metrics: dict[str, float] = {}
         self._saved_step = -1
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self._saved_step = trainer.state.step if trainer.state.step else -1
+        if self.config.async_save and self.config.every:
+            self._memory, _ = snapshot(sharded_training_state(trainer.step))
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         if any(key.startswith("valid/") for key in row):
@@ -70,7 +74,7 @@ class CheckpointCallback(Callback):
         state["metrics"] = self._metrics if self._metrics.get("step") == trainer.state.step else {}
         write_error: CheckpointError | None = None
         try:
-            write.start(sharded_training_state(trainer.step), sum_over_ranks=partial(_sum_over_ranks, groups.device))
+            write.start(sharded_training_state(trainer.step), partial(_sum_over_ranks, groups.device), self._memory)
         except CheckpointError as error:
             write_error = error
         _raise_together(write_error, write, groups.device)
