@@ -86,6 +86,7 @@ class Timeline:
     def __init__(self, mark: type[Mark]) -> None:
         self._mark = mark
         self._stack = [OTHER]
+        self._ranges: list[record_function | None] = []
         self._open: deque[tuple[Mark, str]] = deque([(mark(), OTHER)])  # marks, and the phase that each began
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -97,18 +98,18 @@ class Timeline:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time inside belongs to ``name``, less what inner phases take. Also a range in a profile."""
-        if name == self._stack[-1]:
+        self.enter(name)
+        try:
             yield
-            return
-        with record_function(f"llada_mega.{name}"):
-            self.enter(name)
-            try:
-                yield
-            finally:
-                self.leave()
+        finally:
+            self.leave()
 
     def enter(self, name: str) -> None:
         """Begin a phase inside the current one."""
+        range_ = None if name == self._stack[-1] else record_function(f"llada_mega.{name}")
+        if range_ is not None:
+            range_.__enter__()
+        self._ranges.append(range_)
         self._stack.append(name)
         self._change(self._stack[-2])
 
@@ -116,6 +117,8 @@ class Timeline:
         """End the current phase; the one around it goes on."""
         left = self._stack.pop()
         self._change(left)
+        if (range_ := self._ranges.pop()) is not None:
+            range_.__exit__(None, None, None)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call, as far as the device has come; the rest is in the next answer.

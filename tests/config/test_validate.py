@@ -164,6 +164,10 @@ CONTRADICTIONS = [
     ),
     ([*VALID, "checkpoint.resume="], "checkpoint.resume is empty"),
     ([*VALID, "logging.wandb_mode=cloud"], "logging.wandb_mode=cloud is not a choice; use offline or online"),
+    ([*VALID, "logging.peak_tflops=0"], "logging.peak_tflops=0.0 must be positive; null takes it from the table"),
+    ([*VALID, "logging.profile.start=-1"], "logging.profile.start=-1 is too small; use 0 or more"),
+    ([*VALID, "logging.profile.steps=0"], "logging.profile.steps=0 is too small; use 1 or more"),
+    ([*VALID, "logging.profile.ranks=[0,-2]"], "logging.profile.ranks=[0, -2] has [-2] among them"),
 ]
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llada_mega.checkpoint.checkpoint import list_checkpoints, read_state
+from llada_mega.training import run as run_module
+from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.sinks import finite, flatten
 from llada_mega.training.redaction import HIDDEN, redact
+from llada_mega.training.state import StepMeasurement
+from llada_mega.training.trainer import Trainer
 from tests.training.conftest import Train
 
 SECRET = "sk-planted-0123456789abcdef"
@@ -53,14 +60,71 @@ def test_wandb_does_not_store_the_command_line(tmp_path: Path, corpus: Path, mon
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
-def test_the_wandb_run_is_resumed(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Interruption(Callback):
+    """What a signal does to a run after its third step."""
+
+    def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
+        if trainer.state.step == 3:
+            raise KeyboardInterrupt
+
+
+def test_the_wandb_run_goes_on_after_an_interruption(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after step 3 with a checkpoint of step 2: wandb's own files hold one run, and every row of both."""
     monkeypatch.setenv("WANDB_SILENT", "true")
-    overrides = ("logging.wandb=true", "checkpoint.every=1", "checkpoint.keep_last=5")
-    train("run", *overrides, "trainer.max_steps=1")
-    train("run", *overrides, "trainer.max_steps=2")
-    ids = {read_state(p)["callbacks"]["wandb"]["id"] for p in list_checkpoints(tmp_path / "run" / "checkpoints")}
-    assert len(ids) == 1 and None not in ids
-    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*{ids.pop()}"))) >= 1
+    overrides = ("logging.wandb=true", "logging.wandb_group=sweep", "checkpoint.every=2", "trainer.max_steps=5")
+    build = run_module.build_callbacks
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "build_callbacks", lambda *a: [*build(*a), Interruption()])
+        train("run", *overrides)
+    train("run", *overrides)
+
+    before, after = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    (run_id,) = {
+        read_state(path)["callbacks"]["wandb"]["id"] for path in list_checkpoints(tmp_path / "run" / "checkpoints")
+    }
+    logged: list[dict[str, float]] = []
+    for directory, steps, exit_code in ((before, [1, 2, 3], 1), (after, [3, 4, 5], 0)):
+        records = list(wandb_records(directory / f"run-{run_id}.wandb"))
+        (run,) = (record.run for record in records if record.HasField("run"))
+        assert (run.run_id, run.run_group, run.project) == (run_id, "sweep", "llada-mega")
+        rows = [
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+        assert [row["step"] for row in rows] == steps
+        assert [record.exit.exit_code for record in records if record.HasField("exit")] == [exit_code]
+        (globbed,) = (record.metric for record in records if record.HasField("metric") and record.metric.glob_name)
+        assert (globbed.glob_name, globbed.step_metric) == ("*", "step")
+        logged += rows
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    expected = [flatten(json.loads(line)) for line in lines]
+    own = [{key: value for key, value in row.items() if not key.startswith("_")} for row in logged]
+    assert own == expected
+    assert logged[2]["loss"] == logged[3]["loss"]  # the step that was made twice
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of an offline run: protocol buffers in LevelDB's log format, after a header of 7 bytes.
+
+    Blocks of 32 KiB hold fragments: crc32, length and kind (1 whole, 2 first, 3 middle, 4 last), then the bytes.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, block, collected = path.read_bytes(), 7, 2**15, b""
+    assert content[:4] == b":W&B"
+    while at < len(content):
+        if block - at % block < 7:  # no room for a fragment's head
+            at += block - at % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        collected += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(collected)
+            collected = b""
 
 
 def test_tensorboard_has_the_numbers_of_the_rows(train: Train, tmp_path: Path) -> None:
