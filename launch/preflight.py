@@ -143,18 +143,21 @@ class Preflight:
             raise RuntimeError(f"{what}: no sign for {self.timeout.total_seconds():.0f} s from {where}") from error
 
 
-def all_reduce_rounds(nodes: int, local_size: int) -> Iterator[tuple[str, list[range]]]:
-    """Names of rounds and the groups of ranks that reduce at the same time in each."""
-    of_node = [range(node * local_size, (node + 1) * local_size) for node in range(nodes)]
+def all_reduce_rounds(nodes: int, local_size: int) -> Iterator[tuple[str, list[list[int]]]]:
+    """Names of rounds and the groups of ranks that reduce at the same time in each.
+
+    Nodes form a ring and are paired with both neighbours, in different rounds, so that a slow node is told from them.
+    """
+    of_node = [list(range(node * local_size, (node + 1) * local_size)) for node in range(nodes)]
     if local_size > 1:
         yield "inside nodes", of_node
-    if nodes > 1:
-        for first in (0, 1):  # in two pairings, so that a slow node is told from its neighbour
-            pairs = [(node, node + 1) for node in range(first, nodes - 1, 2)]
-            if pairs:
-                yield "between neighbours", [range(a * local_size, (b + 1) * local_size) for a, b in pairs]
+    edges = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else nodes - 1)]
+    closing = [edges.pop()] if nodes > 2 and nodes % 2 else []  # meets both kinds of the others
+    for pairs in (edges[0::2], edges[1::2], closing):
+        if pairs:
+            yield "between neighbours", [of_node[first] + of_node[second] for first, second in pairs]
     if nodes > 2:
-        yield "over all nodes", [range(nodes * local_size)]
+        yield "over all nodes", [list(range(nodes * local_size))]
 
 
 def _compute(device: torch.device) -> None:

@@ -1,0 +1,74 @@
+"""Signals on their way from the launcher to the ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Stands for torchrun: starts a rank and a process that is none; ends with the rank's status made 1, as torchrun does.
+PARENT = """
+import os, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | {"RANK": "0"})
+other = subprocess.Popen(["sleep", "60"])
+status = rank.wait()
+alive = other.poll() is None
+other.kill()
+sys.exit(1 if status == 85 and alive else 7)
+"""
+RANK = """
+import pathlib, signal, sys, time
+heard = []
+def stop(number, frame):
+    print("heard", signal.Signals(number).name, flush=True)
+    sys.exit(85)
+time.sleep(float(sys.argv[1]) if len(sys.argv) > 1 else 0)
+signal.signal(signal.SIGUSR1, stop)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import os, sys
+import launch.processes
+launch.processes.REPEAT_SECONDS = 0.2
+run = launch.processes.TorchRun([sys.executable, "-c", sys.argv[1], sys.argv[2]], os.environ)
+print("started", flush=True)
+status = run.run()
+print(status, run.received.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_ranks_hear_the_signal_and_torchrun_does_not(sent: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, PARENT, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        lines = iter(launcher.stdout.readline, "")
+        assert next(line for line in lines if line == "ready\n")
+        launcher.send_signal(sent)
+        assert [line.strip() for line in lines] == [f"heard {sent.name}", f"1 {sent.name}"]
+
+
+def test_a_rank_that_was_still_starting_hears_it_later() -> None:
+    """SIGUSR1 to the whole process group, as from Slurm, before anybody but the launcher listens."""
+    late = RANK.replace("float(sys.argv[1]) if len(sys.argv) > 1 else 0", "1.5")
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, PARENT, late],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "started\n"
+        time.sleep(0.5)
+        os.killpg(launcher.pid, signal.SIGUSR1)
+        assert [line.strip() for line in launcher.stdout][-2:] == ["heard SIGUSR1", "1 SIGUSR1"]
