@@ -1,6 +1,7 @@
 """The command line: ``llada-mega <command> [key=value ...]``. Nothing else in the project reads it.
 
-Exit status: 0 done, 2 a user's mistake (one line on stderr), 1 a defect of ours (with its traceback), 130 interrupted.
+Exit status: 0 done, 2 a user's mistake (one line on stderr), 1 a defect of ours (with its traceback), 85 training
+was asked to stop and can go on later, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from llada_mega.commands import COMMANDS
 from llada_mega.commands.base import Command
 from llada_mega.commands.processes import start_processes
-from llada_mega.config.compose import compose, compose_yaml, expand_sweep, is_swept
+from llada_mega.config.compose import compose, compose_yaml, expand_sweep, is_swept, list_override
 from llada_mega.config.schema import Config
 from llada_mega.errors import ConfigError, LladaMegaError
 from llada_mega.ranks import has_launcher, record_failure
@@ -118,7 +119,7 @@ def _find_command(arguments: list[str]) -> tuple[Command, list[str]]:
 
 def _parse(command: Command, arguments: list[str]) -> Invocation:
     invocation = Invocation(command)
-    positional: str | None = None
+    bare: list[str] = []
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -133,14 +134,15 @@ def _parse(command: Command, arguments: list[str]) -> Invocation:
             raise ConfigError(f"unknown flag {argument}; flags are {FLAGS}, everything else is key=value")
         elif "=" in argument or argument.startswith("~"):
             invocation.overrides.append(argument)
-        elif command.positional and positional is None:
-            positional = f"{command.positional}={argument}"
+        elif command.positional and (command.many or not bare):
+            bare.append(argument)
         elif command.positional:
             raise ConfigError(f"cannot read {argument!r}: one path is enough, everything else is key=value")
         else:
             invocation.overrides.append(argument)  # compose explains what is wrong with it
-    if positional:
-        invocation.overrides.insert(0, positional)
+    if bare:
+        key = str(command.positional)
+        invocation.overrides.insert(0, list_override(key, bare) if bare[1:] else f"{key}={bare[0]}")
     typed = {override.lstrip("+").partition("=")[0] for override in invocation.overrides}
     presets = [preset for preset in command.presets if preset.partition("=")[0] not in typed]
     invocation.overrides = presets + invocation.overrides

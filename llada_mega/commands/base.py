@@ -34,9 +34,9 @@ def nothing_to_check(options: Any) -> None:
 class Command:
     """One command of the command line.
 
-    ``options`` is the dataclass its keys come from; ``positional`` the key that one bare argument stands for;
-    ``presets`` overrides that hold unless the user gives the same key; ``distributed`` says that it runs as
-    ``launch.nproc`` processes. ``check`` raises a LladaMegaError before
+    ``options`` is the dataclass its keys come from; ``positional`` the key that one bare argument stands for, with
+    ``many`` several of them as a list; ``presets`` overrides that hold unless the user gives the same key;
+    ``distributed`` says that it runs as ``launch.nproc`` processes. ``check`` raises a LladaMegaError before
     anything slow is imported; ``run`` returns the exit status.
     """
 
@@ -47,12 +47,13 @@ class Command:
     run: Callable[[Any], int]
     check: Callable[[Any], None] = nothing_to_check
     positional: str | None = None
+    many: bool = False
     presets: tuple[str, ...] = ()
     distributed: bool = False
 
     def help(self) -> str:
         """The text of ``--help``: usage, an example, config groups, and every key with type, default and meaning."""
-        argument = f" [{self.positional.upper()}]" if self.positional else ""
+        argument = f" [{self.positional.upper()}{' ...' if self.many else ''}]" if self.positional else ""
         lines = [
             f"usage: llada-mega {self.name}{argument} [key=value ...]",
             "",

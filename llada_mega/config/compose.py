@@ -203,6 +203,11 @@ def _read(parser: OverridesParser, text: str) -> Override:
     return parser.parse_overrides([text])[0]  # the plural form names the override in its error
 
 
+def list_override(key: str, values: Sequence[str]) -> str:
+    """The override that sets ``key`` to a list of texts."""
+    return f"{key}=[{','.join(map(_quoted, values))}]"
+
+
 def _quoted(value: str) -> str:
     """``value`` as a quoted string of Hydra's grammar, unless it is one already; interpolations stay alive."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 
-from llada_mega.checkpoint.checkpoint import is_complete, resolve_checkpoint
+from llada_mega.checkpoint.checkpoint import is_complete, list_checkpoints, read_state, resolve_checkpoint
 from llada_mega.checkpoint.convert import export_model, import_model, open_source, write_tokenizer
 from llada_mega.checkpoint.mask_token import ensure_mask_token
 from llada_mega.config.schema import Config
@@ -93,9 +93,10 @@ def main(config: Config, console: Console | None = None) -> int:
     before = measure(quickstart, load_initial(quickstart), "eval_before.json")
 
     quickstart.heading("Training")
+    earlier = trained_seconds(quickstart.run_dir)
     train_began = time.perf_counter()
     run_training(config, quickstart.console)
-    train_seconds = time.perf_counter() - train_began
+    train_seconds = earlier + time.perf_counter() - train_began
 
     quickstart.heading("Held-out losses after")
     checkpoint = resolve_checkpoint(quickstart.run_dir)
@@ -107,7 +108,8 @@ def main(config: Config, console: Console | None = None) -> int:
     quickstart.heading("Export")
     exported = quickstart.run_dir / "hf"
     export_model(checkpoint, exported, block_size=config.curriculum.stages[-1].block_size, overwrite=True)
-    summary = write_summary(quickstart, before, after, checkpoint, exported, train_seconds, time.perf_counter() - began)
+    total_seconds = earlier + time.perf_counter() - began
+    summary = write_summary(quickstart, before, after, checkpoint, exported, train_seconds, total_seconds)
     write_report(quickstart.run_dir)
     say_goodbye(quickstart, summary)
     return 0
@@ -173,6 +175,12 @@ def load_initial(quickstart: Quickstart) -> LoadedModel:
         return load_model(config.trainer.init)
     ensure_single_process()
     return LoadedModel(build_model(config.model, seed=config.seed), None)
+
+
+def trained_seconds(run_dir: Path) -> float:
+    """Training that earlier, interrupted processes of this run did, up to the checkpoint that is resumed."""
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    return float(read_state(checkpoints[-1])["callbacks"]["metrics"]["train_seconds"]) if checkpoints else 0.0
 
 
 def measure(quickstart: Quickstart, model: LoadedModel, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llada_mega.reporting.formatting import count, duration, finite, short_count, significant
+from llada_mega.reporting.formatting import count, duration, finite, percent, short_count, significant
 from llada_mega.reporting.record import RunRecord, StageSpan
 
 
@@ -71,11 +71,14 @@ def planned_steps(record: RunRecord) -> int | None:
 
 
 def wall_seconds(record: RunRecord) -> tuple[float, bool] | None:
-    """(seconds, measured): from summary.json, else estimated from logged tokens and rates."""
+    """(seconds, measured): from summary.json, else the last row's training time, else estimated from logged rates."""
     for key in ("total_seconds", "train_seconds"):
         measured = finite(record.summary.get(key))
         if measured is not None:
             return measured, True
+    trained = finite(record.training[-1].get("train_seconds")) if record.training else None
+    if trained is not None:
+        return trained, True
     seconds, before = 0.0, 0.0
     for row in record.training:
         tokens, rate = finite(row.get("consumed_tokens")), finite(row.get("tokens_per_s"))
@@ -141,6 +144,9 @@ def header_facts(record: RunRecord) -> list[Fact]:
         if wall[1]:
             detail = f"{duration(train_seconds)} of it training" if train_seconds not in (None, wall[0]) else "measured"
         facts.append(Fact("Wall time", ("" if wall[1] else "≈ ") + duration(wall[0]), detail))
+    goodput = finite(record.training[-1].get("goodput")) if record.training else None
+    if goodput is not None:
+        facts.append(Fact("Goodput", percent(goodput), "in steps, of all time since the start"))
     memory = finite(record.summary.get("peak_memory_gib")) or max(
         (value for row in record.training if (value := finite(row.get("memory_gib"))) is not None), default=None
     )

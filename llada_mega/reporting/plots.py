@@ -24,6 +24,7 @@ from llada_mega.reporting.formatting import finite
 from llada_mega.reporting.palette import spread
 from llada_mega.reporting.record import Row, RunRecord
 from llada_mega.reporting.svg import Plot, colour, new_figure, plot_style, series_colour, to_svg
+from llada_mega.reporting.time_plots import time_by_step
 
 WIDE, HALF, THIRD = 998, 468, 292  # CSS pixels inside a card: the page's column, its half, its third
 
@@ -32,7 +33,7 @@ def all_plots(record: RunRecord) -> list[Plot]:
     """Every plot the run has data for, in the order of the page."""
     makers: Sequence[Callable[[RunRecord], Plot | None]] = (
         training_loss, validation_loss, validation_accuracy, autoregressive_loss, loss_by_noise,
-        gradient_norm, learning_rate, mask_ratio, mask_embedding, throughput, utilisation, memory,
+        time_by_step, gradient_norm, learning_rate, mask_ratio, mask_embedding, throughput, utilisation, memory,
         expert_load, dead_experts,
     )  # fmt: skip
     with plot_style():

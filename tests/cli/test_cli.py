@@ -90,7 +90,10 @@ def test_cfg_prints_the_composed_configuration(run: Run) -> None:
 
 
 def test_a_bare_path_is_the_first_key(run: Run) -> None:
-    assert yaml.safe_load(run("report", "runs/a b", "--cfg", "job")[1]) == {"run": "runs/a b"}
+    one = yaml.safe_load(run("report", "runs/a b", "--cfg", "job")[1])
+    assert one == {"runs": ["runs/a b"], "output": None}
+    several = run("report", "runs/a b", "runs/it's", "output=x.html", "runs,c", "--cfg", "job")[1]
+    assert yaml.safe_load(several) == {"runs": ["runs/a b", "runs/it's", "runs,c"], "output": "x.html"}
     assert yaml.safe_load(run("checkpoint", "verify", "x", "--cfg", "job")[1]) == {"path": "x"}
 
 
@@ -110,8 +113,11 @@ MISTAKES = [
     (["train", "--cfg"], "--cfg is not supported; use --cfg job"),
     (["train", "--cfg", "hydra"], "--cfg hydra is not supported; use --cfg job"),
     (["train", "runs/x"], "cannot read 'runs/x': expected key=value"),
-    (["report", "a", "b"], "cannot read 'b': one path is enough"),
-    (["report"], "run has no value; set run=..."),
+    (["merge", "a", "b"], "cannot read 'b': one path is enough"),
+    (["report"], "runs has no value; set runs=..."),
+    (["report", "runs=[]"], "runs=[] names no run"),
+    (["report", "a", "output=b"], "output=b is for a comparison"),
+    (["report", "nowhere", "elsewhere"], "nowhere: no such run directory"),
     (["report", "nowhere"], "nowhere"),
     (["train", "trainer.max_step=3"], "trainer.max_step is not a key; did you mean trainer.max_steps?"),
     (["train", "data.train=nowhere"], "data.train.0.path=nowhere: there is no nowhere.bin"),
@@ -209,7 +215,7 @@ def test_multirun_runs_every_job_and_reports_the_failed(run: Run) -> None:
     status, out, err = run("mask", "--multirun", "documents=[8]", "block_size=2,4")
     assert (status, err) == (0, "")
     assert "job 2 of 2: documents=[8] block_size=4" in out
-    status, _, err = run("report", "--multirun", "run=x,y")
+    status, _, err = run("report", "--multirun", "runs=x,y")
     assert status == 2
     assert err == "error: 2 of 2 jobs failed: 0, 1; their errors are above\n"
 

@@ -16,6 +16,7 @@ from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
 from llada_mega.parallel import destroy
 from llada_mega.quickstart import story
+from llada_mega.training.callbacks.metrics import MetricsCallback
 from llada_mega.training.callbacks.validation import ValidationCallback
 from tests.checkpoint.tiny import IMPORTED_LLAMA as TINY_LLAMA
 from tests.checkpoint.tiny import save_model
@@ -101,11 +102,15 @@ def test_a_second_run_starts_over_and_reuses_the_model(tell, tmp_path: Path, mon
 def test_a_run_that_is_interrupted_while_training_is_resumed(tell, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="power"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ValidationCallback, "on_train_end", _power_cut)
+        patch.setattr(MetricsCallback, "_train_seconds", lambda _: 1000.0)
         tell("quickstart", *TINY_LLAMA, "trainer.max_steps=3", "checkpoint.every=2")
     destroy()
     tell("quickstart", *TINY_LLAMA, "checkpoint.every=2")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 3, 4]
+    assert [row["train_seconds"] > 1000 for row in rows if "loss" in row][-2:] == [True, True]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 1000 < summary["train_seconds"] < summary["total_seconds"]  # both processes' training
 
 
 def test_starting_over_touches_only_what_a_run_writes(tell, tmp_path: Path) -> None:

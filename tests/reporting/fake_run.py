@@ -77,6 +77,7 @@ def training_rows(block_sizes: list[int], steps: int, *, moe: bool = False, seed
             "lr": 1e-4 * min(step / 6, 1.0, 0.1 + 0.9 * (steps - step) / (0.2 * steps)),
             "tokens_per_s": 178 + rng.gauss(0, 6), "positions_per_s": 330 + rng.gauss(0, 10),
             "tflops_per_device": 0.26, "mfu": None, "memory_gib": 2.9 + 0.002 * step, "applied": True,
+            "time_share": {"data": 0.02, "forward": 0.3, "backward": 0.55, "other": 0.13},
             "embedding_noise_std": 0.1356 * max(1 - step / 25, 0.0), "mask_embedding_rms": 0.09 + 0.0002 * step,
             "ce_by_noise": {f"{level / 8:g}-{(level + 1) / 8:g}": cross_entropy * (0.8 + 0.05 * level)
                             for level in (step % 8, (step + 5) % 8)},

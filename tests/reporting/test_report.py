@@ -53,7 +53,7 @@ def test_every_plot_is_there_and_named(whole: Page) -> None:
     assert set(whole.titles) >= CORE_PLOTS | VALIDATION_PLOTS | {"Memory", "TFLOP/s per device"}
     figures = [tag for tag, _ in whole.tags if tag == "figure"]
     drawings = [attributes for tag, attributes in whole.tags if tag == "svg"]
-    assert len(figures) == len(drawings) == 12
+    assert len(figures) == len(drawings) == 13
     assert all(attributes["aria-label"] and attributes["viewbox"] for attributes in drawings)
 
 
