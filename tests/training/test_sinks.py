@@ -138,6 +138,23 @@ def test_tensorboard_has_the_numbers_of_the_rows(train: Train, tmp_path: Path) -
     assert losses == pytest.approx([row["loss"] for row in rows if "loss" in row], rel=1e-6)
 
 
+def test_tensorboard_shows_a_step_that_was_made_twice_once(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = ("logging.tensorboard=true", "checkpoint.every=2", "trainer.max_steps=4")
+    build = run_module.build_callbacks
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "build_callbacks", lambda *a: [*build(*a), Interruption()])
+        train("run", *overrides)
+    train("run", *overrides)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert {"time_share/forward", "ce_by_noise/0.875-1", "goodput"} & set(events.Tags()["scalars"])
+
+
 def test_rows_have_the_documented_names(train: Train, tmp_path: Path) -> None:
     train("run", "trainer.max_steps=2", "trainer.validation.every=2", "trainer.validation.windows=8")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

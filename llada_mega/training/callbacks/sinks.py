@@ -7,14 +7,18 @@ import math
 import os
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llada_mega.config.training import LoggingConfig
 from llada_mega.errors import ConfigError
 from llada_mega.training.callback import Callback
 from llada_mega.training.redaction import redact, redacted_arguments
 from llada_mega.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class JsonlSink(Callback):
@@ -40,7 +44,7 @@ class JsonlSink(Callback):
 
 
 class TensorBoardSink(Callback):
-    """``RUN/tensorboard``: every number of a row as a scalar."""
+    """``RUN/tensorboard``: every number of a row as a scalar; steps made again after a resume replace the old ones."""
 
     name = "tensorboard"
 
@@ -51,14 +55,20 @@ class TensorBoardSink(Callback):
             raise ConfigError(
                 "logging.tensorboard=true needs the package tensorboard; pip install 'llada-mega[logging]'"
             ) from error
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._open = partial(SummaryWriter, str(run_dir / "tensorboard"))
+        self._writer: SummaryWriter | None = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._writer = self._open(purge_step=trainer.state.step + 1)
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        assert self._writer is not None
         for key, value in flatten(row).items():
             self._writer.add_scalar(key, value, trainer.state.step)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandbSink(Callback):
