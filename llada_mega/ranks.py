@@ -1,4 +1,4 @@
-"""What a process of a distributed run does besides its work: it keeps a log of its own and leaves its last words.
+"""What a process of a distributed run does besides its work: it keeps a log, hears when to stop, leaves its last words.
 
 Launchers, torchrun and ``launch.nproc`` alike, name a file for the error of each process in the environment
 (``TORCHELASTIC_ERROR_FILE``, the protocol of ``torch.distributed.elastic.multiprocessing.errors``). They show the
@@ -12,15 +12,20 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from llada_mega.errors import LladaMegaError
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+STOPPED_STATUS = 85  # exit status of a process that was asked to stop, saved its work and can go on later
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def has_launcher() -> bool:
@@ -57,6 +62,43 @@ def record_failure(error: BaseException) -> bool:
     ):
         json.dump({"message": {"message": str(error), "extraInfo": words}}, file)
     return True
+
+
+class StopSignals:
+    """Notes the first of :data:`STOP_SIGNALS` while the context lasts, for the work to end when it can.
+
+    A second Ctrl-C interrupts at once. The other signals may come again: launchers repeat them.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Processes and threads that start in the context do not get :data:`STOP_SIGNALS`; this one does, afterwards.
+
+    Terminals and Slurm signal every process of a group, and a data worker that died would end the run before it saved.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_mega.ranks import ERROR_FILE_VARIABLE, log_path
+from llada_mega.ranks import ERROR_FILE_VARIABLE, STOP_SIGNALS, STOPPED_STATUS, log_path
 
 COMMAND = (sys.executable, "-m", "llada_mega")
 GRACE_SECONDS = 10.0  # for the other ranks to end by themselves, and again after they were asked to
@@ -36,7 +36,9 @@ class _Process:
 
     @property
     def has_failed(self) -> bool:
-        return bool(self.process.poll()) or (self.process.returncode is None and self.error_file.exists())
+        return self.process.poll() not in (None, 0, STOPPED_STATUS) or (
+            self.process.returncode is None and self.error_file.exists()
+        )
 
     @property
     def failed_at(self) -> float:
@@ -50,16 +52,21 @@ def start_processes(count: int, arguments: Sequence[str], run_dir: str | Path, c
     When one rank fails the others are stopped: they would wait for it for ever. The earliest error is shown, whichever
     rank's it is. Rank 0 has the terminal; the output of the others goes to their logs in ``run_dir``.
 
+    Signals that ask to stop go to all ranks, which may take their time to save: the status is then
+    ``STOPPED_STATUS``. After a second Ctrl-C they have ``GRACE_SECONDS``.
+
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; all ranks were interrupted and have ended.
+        KeyboardInterrupt: Ctrl-C was pressed; the ranks were interrupted and have ended.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     processes: list[_Process] = []
     with ExitStack() as stack:
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave no rank behind
-        stack.callback(signal.signal, signal.SIGTERM, previous)
+        received: list[signal.Signals] = []
+        for number in STOP_SIGNALS:
+            previous = signal.signal(number, lambda caught, _: received.append(signal.Signals(caught)))
+            stack.callback(signal.signal, number, previous)
         errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llada_mega_")))
         stack.callback(_stop, processes, signal.SIGTERM)
         for rank in range(count):
@@ -74,14 +81,16 @@ def start_processes(count: int, arguments: Sequence[str], run_dir: str | Path, c
                 start_new_session=True,  # Ctrl-C reaches this process, which passes it on once
             )
             processes.append(_Process(rank, process, error_file, log, time.time()))
-        try:
-            first = _wait(processes)
-        except KeyboardInterrupt:
+        first = _wait(processes, received)
+        stopped = any(process.process.returncode == STOPPED_STATUS for process in processes)
+        if signal.SIGINT in received and (first is not None or not stopped):
             _stop(processes, signal.SIGINT)
-            raise
+            raise KeyboardInterrupt
         if first is None:
-            return 0
+            return STOPPED_STATUS if stopped else 0
         _settle(processes)
+        if first.process.poll() in [-number for number in received]:  # the ranks did not listen yet
+            return 128 - first.process.returncode
         print(_last_words(first), file=sys.stderr)
         code = first.process.poll()
         return 1 if not code else 128 - code if code < 0 else code
@@ -102,14 +111,22 @@ def _environment(rank: int, count: int, port: int, error_file: Path) -> dict[str
     return environment
 
 
-def _wait(processes: Sequence[_Process]) -> _Process | None:
-    """The rank that failed first, or None when all have ended well."""
+def _wait(processes: Sequence[_Process], received: Sequence[signal.Signals]) -> _Process | None:
+    """The rank that failed first, or None when all have ended well. Passes on what is ``received`` meanwhile."""
+    passed_on = 0
     while True:
         failed = [process for process in processes if process.has_failed]
         if failed:
             return min(failed, key=lambda process: process.failed_at)
-        if all(process.process.returncode == 0 for process in processes):
+        if all(process.process.returncode is not None for process in processes):
             return None
+        for number in received[passed_on:]:
+            passed_on += 1
+            if number == signal.SIGINT and signal.SIGINT in received[: passed_on - 1]:
+                _stop(processes, signal.SIGINT)
+                raise KeyboardInterrupt
+            for process in processes:
+                process.process.send_signal(number)
         now = time.time()
         for process in processes:
             if process.process.returncode is None:

@@ -12,7 +12,7 @@ from llada_mega.config.preflight import check_paths
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
 from llada_mega.errors import ConfigError
-from llada_mega.ranks import rank_log
+from llada_mega.ranks import STOPPED_STATUS, StopSignals, rank_log
 
 
 def world_size(config: Config) -> int:
@@ -41,12 +41,12 @@ def check(config: Config) -> None:
 
 
 def run(config: Config) -> int:
-    """Trains, or raises what stopped the run."""
-    from llada_mega.training.run import run_training
+    """Trains, or raises what ended the run. 0: finished; ``STOPPED_STATUS``: saved on request, to go on later."""
+    with rank_log(config.run.dir), StopSignals() as signals:
+        from llada_mega.training.run import run_training  # takes seconds, in which a signal may come
 
-    with rank_log(config.run.dir):
-        run_training(config)
-    return 0
+        outcome = run_training(config, signals=signals)
+    return STOPPED_STATUS if outcome.stop_reason else 0
 
 
 COMMAND = Command(

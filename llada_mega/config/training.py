@@ -116,6 +116,7 @@ class TrainerConfig:
 
     init: Optional[str] = None  # checkpoint whose weights (not optimizer or data position) start the run
     max_steps: Optional[int] = None
+    exit_after: Optional[float] = None  # minutes until the run saves and stops (status 85); counted from its start
     global_batch_size: int = 8  # samples
     micro_batch_size: int = 1  # samples
     dtype: str = "float32"  # float32 | bfloat16

@@ -310,6 +310,8 @@ def _check_trainer(config: Config, world_size: int | None) -> None:
         trainer__log_every=trainer.log_every,
     )
     at_least(0, trainer__consistency_every=trainer.consistency_every)
+    limit = trainer.exit_after
+    require(limit is None or limit > 0, f"trainer.exit_after={limit} must be positive minutes; use null for no limit")
     check_batches(trainer, config.parallel, world_size)
     stability = trainer.stability
     for key in ("nonfinite", "spike"):

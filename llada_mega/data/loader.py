@@ -18,6 +18,7 @@ from llada_mega.data.batch import Batch, build_batch
 from llada_mega.data.order import CurriculumSamples
 from llada_mega.diffusion.schedule import get_schedule
 from llada_mega.errors import ConfigError, DataError, LladaMegaError
+from llada_mega.ranks import signals_held_back
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def _steps(loader: DataLoader[Batch | LladaMegaError], per_step: int) -> Iterato
 def _watched(loader: DataLoader[Batch | LladaMegaError]) -> Iterator[Batch | LladaMegaError]:
     """Items of the loader; a worker that died is an error for the user."""
     try:
-        yield from loader
+        with signals_held_back():
+            items = iter(loader)  # starts the workers
+        yield from items
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

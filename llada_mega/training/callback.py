@@ -46,7 +46,10 @@ class Callback:
         """A row for metrics.jsonl and the other sinks."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """After the last step of the run."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """In place of :meth:`on_train_end` when the run was asked to stop before its last step."""
 
     def close(self) -> None:
         """Always called, also after an error: release files, threads and progress bars."""

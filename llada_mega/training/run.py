@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llada_mega.errors import CheckpointError, TrainingError
 from llada_mega.models import build_model
 from llada_mega.parallel import ParallelGroups, destroy, initialize
 from llada_mega.parallel.capabilities import Software, choose_software
+from llada_mega.ranks import StopSignals
 from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.checkpointing import CheckpointCallback
 from llada_mega.training.callbacks.consistency import ConsistencyCallback
@@ -34,9 +36,11 @@ from llada_mega.training.callbacks.profiling import ProfileCallback
 from llada_mega.training.callbacks.progress import ProgressCallback
 from llada_mega.training.callbacks.sinks import JsonlSink, TensorBoardSink, WandbSink
 from llada_mega.training.callbacks.stability import StabilityCallback
+from llada_mega.training.callbacks.stopping import StopCallback
 from llada_mega.training.callbacks.validation import ValidationCallback
 from llada_mega.training.data import TrainingData
 from llada_mega.training.optimizer import build_optimizer, wrap_data_parallel
+from llada_mega.training.outcome import Outcome, recorded
 from llada_mega.training.redaction import redact
 from llada_mega.training.resume import (
     check_contract,
@@ -53,67 +57,74 @@ from llada_mega.training.trainer import Trainer
 logger = logging.getLogger("llada_mega")
 
 
-def run_training(config: Config, console: Console | None = None) -> TrainState:
+def run_training(config: Config, console: Console | None = None, signals: StopSignals | None = None) -> Outcome:
     """Train as ``config`` says; the same function on a laptop and under torchrun.
 
     Args:
         config: validated (:func:`llada_mega.config.validate.validate`).
         console: where progress goes on the first rank.
+        signals: a signal noted there ends the run after the step at hand, saved.
     Returns:
-        where the run ended.
+        where the run ended, and why if it is to go on later.
     Raises:
         ConfigError, DataError, CheckpointError: the input does not fit together; nothing was trained.
         TrainingError: the run could not go on; its last checkpoint is intact.
     """
+    began = time.monotonic()
     console = console or Console(highlight=False, soft_wrap=True)
-    # All that can be refused is checked before processes and weights cost time.
-    software = choose_software(config.model, config.parallel, getattr(torch, config.trainer.dtype))
-    check_paths(config)
     run_dir = Path(config.run.dir)
-    curriculum = curriculum_of(config)
-    resume_from = find_resume_point(config, run_dir)
-    init_from = initial_checkpoint(config) if resume_from is None else None
-    data = TrainingData(config, curriculum)
-    contract = run_contract(config, data.fingerprints())
-    saved = check_contract(contract, curriculum, resume_from) if resume_from else None
+    outcome = Outcome()
+    with recorded(outcome, run_dir):
+        # All that can be refused is checked before processes and weights cost time.
+        software = choose_software(config.model, config.parallel, getattr(torch, config.trainer.dtype))
+        check_paths(config)
+        curriculum = curriculum_of(config)
+        resume_from = find_resume_point(config, run_dir)
+        init_from = initial_checkpoint(config) if resume_from is None else None
+        data = TrainingData(config, curriculum)
+        contract = run_contract(config, data.fingerprints())
+        saved = check_contract(contract, curriculum, resume_from) if resume_from else None
 
-    groups = initialize(config.parallel, seed=config.seed)
-    try:
-        writes_files = groups.rank == 0
-        if writes_files:
-            write_config(config, run_dir, software)
-            _log_to_console(console)
-        random_weights = resume_from is None and init_from is None
-        step = build_step(config, groups, init_from, software, random_weights=random_weights)
-        callbacks = build_callbacks(config, run_dir, data, console, groups.rank)
-        if resume_from is not None and saved is not None:
-            state = restore(step, resume_from, saved, callbacks)
-            logger.info(f"resumed from {resume_from} at step {state.step}")
-        else:
-            state = TrainState(embedding_rms=step.embedding_rms())
-        if writes_files and (newer := set_aside_newer(run_dir / "checkpoints", state.step)):
-            logger.warning(
-                f"moved {len(newer)} checkpoints beyond step {state.step} to {run_dir}/checkpoints/superseded"
+        groups = initialize(config.parallel, seed=config.seed)
+        try:
+            writes_files = groups.rank == 0
+            if writes_files:
+                write_config(config, run_dir, software)
+                _log_to_console(console)
+            random_weights = resume_from is None and init_from is None
+            step = build_step(config, groups, init_from, software, random_weights=random_weights)
+            callbacks = build_callbacks(config, run_dir, data, console, groups.rank)
+            callbacks.append(StopCallback(run_dir, config.trainer.exit_after, signals, began))
+            if resume_from is not None and saved is not None:
+                state = restore(step, resume_from, saved, callbacks)
+                logger.info(f"resumed from {resume_from} at step {state.step}")
+            else:
+                state = TrainState(embedding_rms=step.embedding_rms())
+            if writes_files and (newer := set_aside_newer(run_dir / "checkpoints", state.step)):
+                logger.warning(
+                    f"moved {len(newer)} checkpoints beyond step {state.step} to {run_dir}/checkpoints/superseded"
+                )
+            trainer = Trainer(
+                config=config,
+                step=step,
+                curriculum=curriculum,
+                contract=contract,
+                state=state,
+                batches=data.batches(state.consumed_samples, rank=groups.dp.rank(), world_size=groups.dp.size()),
+                callbacks=callbacks,
+                writes_files=writes_files,
             )
-        trainer = Trainer(
-            config=config,
-            step=step,
-            curriculum=curriculum,
-            contract=contract,
-            state=state,
-            batches=data.batches(state.consumed_samples, rank=groups.dp.rank(), world_size=groups.dp.size()),
-            callbacks=callbacks,
-            writes_files=writes_files,
-        )
-        trainer.fit()
-        return trainer.state
-    except OSError as error:  # a full disk, a vanished mount: nothing that a traceback would explain better
-        where = error.filename or run_dir
-        raise TrainingError(
-            f"{where}: {error.strerror or error}; the run stops, its last checkpoint is intact"
-        ) from error
-    finally:
-        destroy()
+            outcome.state = state  # of the trainer's, kept up to date
+            trainer.fit()
+            outcome.stop_reason = None if trainer.is_finished else trainer.stop_reason
+            return outcome
+        except OSError as error:  # a full disk, a vanished mount: nothing that a traceback would explain better
+            where = error.filename or run_dir
+            raise TrainingError(
+                f"{where}: {error.strerror or error}; the run stops, its last checkpoint is intact"
+            ) from error
+        finally:
+            destroy()
 
 
 def curriculum_of(config: Config) -> Curriculum:

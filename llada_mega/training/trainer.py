@@ -46,6 +46,7 @@ class Trainer:
         self.batches, self.callbacks, self.writes_files = batches, list(callbacks), writes_files
         self.contract = contract
         total_steps = curriculum.total_samples // config.trainer.global_batch_size
+        self.stop_reason: str | None = None
         self.last_step = min(total_steps, config.trainer.max_steps or total_steps)
 
     @property
@@ -54,11 +55,11 @@ class Trainer:
         return self.curriculum.stage_at(self.state.consumed_samples)
 
     def fit(self) -> None:
-        """Train until the curriculum or ``trainer.max_steps`` ends."""
+        """Train until the curriculum or ``trainer.max_steps`` ends, or :meth:`stop` was called."""
         try:
             self._call("on_train_begin")
             stage: ResolvedStage | None = None
-            while self.state.step < self.last_step:
+            while not self.is_finished and self.stop_reason is None:
                 if stage != self.stage:
                     stage = self.stage
                     self._call("on_stage_begin", stage)
@@ -76,10 +77,19 @@ class Trainer:
                 self.state.consumed_samples += self.config.trainer.global_batch_size
                 self.state.consumed_tokens += measured.num_tokens
                 self._call("on_step_end", measured, applied)
-            self._call("on_train_end")
+            self._call("on_train_end" if self.is_finished else "on_stop")
         finally:
             for callback in self.callbacks:
                 callback.close()
+
+    @property
+    def is_finished(self) -> bool:
+        """True after the last step."""
+        return self.state.step >= self.last_step
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step at hand, in a way that lets it go on later. To be called on all ranks alike."""
+        self.stop_reason = reason
 
     def embedding_noise_std(self) -> float:
         """Standard deviation of the noise on MASK embeddings at the next step."""

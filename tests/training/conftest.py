@@ -69,6 +69,6 @@ def train(configure: Callable[..., Config]) -> Train:
     """Run (or resume) ``name`` with overrides on a quiet console."""
 
     def run(name: str, *overrides: str) -> TrainState:
-        return run_training(configure(name, *overrides), Console(quiet=True))
+        return run_training(configure(name, *overrides), Console(quiet=True)).state
 
     return run

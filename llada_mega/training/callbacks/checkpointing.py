@@ -59,6 +59,10 @@ class CheckpointCallback(Callback):
             self._save(trainer)
         self._poll(trainer, wait=True)
 
+    def on_stop(self, trainer: Trainer) -> None:
+        if trainer.state.step:
+            self.on_train_end(trainer)
+
     def close(self) -> None:
         if self._pending is not None:
             self._pending.thread.join()
