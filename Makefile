@@ -3,7 +3,7 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels bench-layouts bench-conversion bench-step docs clean
+.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels bench-layouts bench-conversion bench-step docs gpu-first clean
 
 VENV := .venv
 LATEST := .venv-latest
@@ -24,6 +24,7 @@ help:
 	echo "make test          all tests; PYTEST='-k name' narrows them"
 	echo "make test-latest   model tests on Python 3.12+ with the newest supported Megatron-Core"
 	echo "make test-gpu      tests that need a CUDA device"
+	echo "make gpu-first     the first hour on a GPU: doctor, tests, kernel table, a step of the 16B shapes, into docs/gpu_results.md"
 	echo "make lint          ruff, mypy, shellcheck"
 	echo "make format        let ruff rewrite the sources"
 	echo "make bench         time, memory and error of block attention, a few cases"
@@ -84,6 +85,9 @@ test-latest: $(LATEST)/.installed
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[cudnn]'
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+gpu-first: $(VENV)/.installed
+	@$(BIN)/python -m bench.gpu_first $(ARGS)
 
 # Every layout against one process; `make test` runs some of them.
 test-full: $(VENV)/.installed
