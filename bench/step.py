@@ -1,9 +1,13 @@
 """Forward and backward of one training sequence on one CPU core, ours against the step of published trainers.
 
-``python -m bench.step`` lets this model and :mod:`bench.plain_model` take turns with the same weights and tokens, in
-one process, and counts CPU seconds, so that a busy machine disturbs neither the ratio nor the share of the floor. The
-floor is what the matrix products of the step alone take at the speed of a large matrix product, measured between the
-steps. The reference is the oracle too: loss and all gradients are compared.
+``python -m bench.step`` lets this model, GLM-4-MoE of transformers (:mod:`bench.published_model`) and the tidier
+:mod:`bench.plain_model` take turns with the same weights and tokens, in one process, and counts CPU seconds, so that a
+busy machine disturbs neither the ratios nor the share of the floor. The floor is what the matrix products of the step
+alone take at the speed of a large matrix product, measured between the steps. The plain model is the oracle too: loss
+and all gradients are compared.
+
+With ``--threads 2`` all of it runs on one core and then on two, wall time is counted, and the step's gain is set
+against that of the large product.
 
 A step starts from token ids, makes its attention mask (a training run sees a new one in every batch) and ends with all
 gradients in place; the optimizer is left out.
@@ -21,15 +25,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from llada_kernels import IntervalMask
 from llada_kernels.bench.memory import peak_allocation
 from torch import Tensor
 
-from bench import plain_model
+from bench import plain_model, published_model
 from llada_mega.config.model import ModelConfig, MoEConfig
+from llada_mega.config.run import ParallelConfig
 from llada_mega.data.batch import Batch, build_batch
+from llada_mega.data.context import length_multiple, logit_row_multiple
 from llada_mega.data.sample import Sample
 from llada_mega.diffusion.objectives import DiffusionObjective
 from llada_mega.diffusion.schedule import LinearSchedule
@@ -47,13 +54,16 @@ class Report:
     """One run. Seconds are medians of CPU time; peaks are allocations of a step beyond weights and batch."""
 
     tokens_per_cpu_second: float
+    published_tokens_per_cpu_second: float
     reference_tokens_per_cpu_second: float
+    published_ratio: float
     ratio: float
     floor_seconds: float
     share_of_floor: float
     gemm_gflops: float
     step_gflop: float
     peak_mib: float
+    published_peak_mib: float
     reference_peak_mib: float
     loss_difference: float
     gradient_difference: float
@@ -62,18 +72,20 @@ class Report:
 
 @dataclass
 class Pair:
-    """The two implementations of one step. Each leaves its gradients behind and returns the summed loss."""
+    """Three implementations of one step. Each leaves its gradients behind and returns the summed loss."""
 
     config: ModelConfig
     model: BlockDiffusionModel
     weights: dict[str, Tensor]
     ours: Callable[[], float]
     reference: Callable[[], float]
+    published: Callable[[], float]
+    published_model: torch.nn.Module
     step_flops: int
 
     def forget_gradients(self) -> None:
         """As after an optimizer step."""
-        for tensor in (*self.model.parameters(), *self.weights.values()):
+        for tensor in (*self.model.parameters(), *self.weights.values(), *self.published_model.parameters()):
             tensor.grad = None
 
 
@@ -122,9 +134,17 @@ def prepare(config: ModelConfig, length: int, block_size: int) -> Pair:
         loss.backward()
         return loss.item()
 
+    theirs = published_model.build(config, {name: weight.detach() for name, weight in weights.items()})
+
+    def published() -> float:
+        mask_SS = plain_model.dense_mask([length], block_size)
+        loss = published_model.loss(theirs, ids_S, positions_S, mask_SS, tokens_L, weights_L)
+        loss.backward()
+        return loss.item()
+
     visible = IntervalMask.block_diffusion([length], block_size).area()
     flops = step_flops(config, 2 * length, visible, batch.num_rows)
-    return Pair(config, model, weights, ours, reference, flops)
+    return Pair(config, model, weights, ours, reference, published, theirs, flops)
 
 
 def step_flops(config: ModelConfig, positions: int, visible_pairs: int, logit_rows: int) -> int:
@@ -168,34 +188,42 @@ def compare(pair: Pair) -> tuple[float, float, str]:
     return abs(loss - expected) / abs(expected), differences[worst], worst
 
 
-def measure(pair: Pair, length: int, repeats: int) -> Report:
-    """Alternate the two and the large matrix product ``repeats`` times, after one round that is not counted."""
+def take_turns(pair: Pair, repeats: int, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
+    """Median seconds of a step by each of the three and of the large product, after a round that is not counted."""
     left, right = torch.randn(2, GEMM_SIZE, GEMM_SIZE)
-    takes: dict[str, list[float]] = {"ours": [], "reference": [], "gemm": []}
-    work = {"ours": pair.ours, "reference": pair.reference, "gemm": lambda: left @ right}
+    takes: dict[str, list[float]] = {name: [] for name in ("ours", "reference", "published", "gemm")}
+    work = {name: getattr(pair, name, lambda: left @ right) for name in takes}
     for _ in range(repeats + 1):
         for name, function in work.items():
-            start = time.process_time()
+            start = clock()
             function()
-            takes[name].append(time.process_time() - start)
+            takes[name].append(clock() - start)
             pair.forget_gradients()
-    seconds = {name: statistics.median(taken[1:]) for name, taken in takes.items()}
+    return {name: statistics.median(taken[1:]) for name, taken in takes.items()}
+
+
+def measure(pair: Pair, length: int, repeats: int) -> Report:
+    """Speed on one core, memory and differences."""
+    seconds = take_turns(pair, repeats)
     rate = 2 * GEMM_SIZE**3 / seconds["gemm"]
     floor = pair.step_flops / rate
     peaks = {}
-    for name in ("ours", "reference"):
-        peaks[name] = peak_allocation(work[name], CPU) / 2**20
+    for name in ("ours", "published", "reference"):
+        peaks[name] = peak_allocation(getattr(pair, name), CPU) / 2**20
         pair.forget_gradients()
     loss_difference, gradient_difference, worst = compare(pair)
     return Report(
         tokens_per_cpu_second=length / seconds["ours"],
+        published_tokens_per_cpu_second=length / seconds["published"],
         reference_tokens_per_cpu_second=length / seconds["reference"],
+        published_ratio=seconds["published"] / seconds["ours"],
         ratio=seconds["reference"] / seconds["ours"],
         floor_seconds=floor,
         share_of_floor=floor / seconds["ours"],
         gemm_gflops=rate / 1e9,
         step_gflop=pair.step_flops / 1e9,
         peak_mib=peaks["ours"],
+        published_peak_mib=peaks["published"],
         reference_peak_mib=peaks["reference"],
         loss_difference=loss_difference,
         gradient_difference=gradient_difference,
@@ -203,26 +231,54 @@ def measure(pair: Pair, length: int, repeats: int) -> Report:
     )
 
 
+def scaling(pair: Pair, repeats: int, threads: int) -> dict[str, float]:
+    """How many times as fast each of the four is on ``threads`` cores as on one, by wall time."""
+    seconds = {}
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        seconds[count] = take_turns(pair, repeats, time.perf_counter)
+    return {name: seconds[1][name] / seconds[threads][name] for name in seconds[1]}
+
+
 def main() -> int:
     """Print the report; write it as JSON with ``--output``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="steps of each, alternating")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of the sequence")
+    parser.add_argument("--threads", type=int, default=1, help="more than one: what a step gains from so many cores")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report = measure(prepare(benchmark_model(), LENGTH, BLOCK_SIZE), LENGTH, options.repeats)
-    ours, reference = report.tokens_per_cpu_second, report.reference_tokens_per_cpu_second
-    print(f"{'':16}{'tokens/CPU-second':>20}{'ms a step':>12}{'peak MiB':>12}")
-    print(f"{'plain PyTorch':16}{reference:20.0f}{1e3 * LENGTH / reference:12.0f}{report.reference_peak_mib:12.0f}")
-    print(f"{'llada-mega':16}{ours:20.0f}{1e3 * LENGTH / ours:12.0f}{report.peak_mib:12.0f}")
-    print(
-        f"{report.ratio:.2f} times the reference with {report.peak_mib / report.reference_peak_mib:.0%} of its memory; "
-        f"{report.share_of_floor:.0%} of the floor, {1e3 * report.floor_seconds:.0f} ms for {report.step_gflop:.1f} "
-        f"GFLOP at {report.gemm_gflops:.0f} GFLOP/s; largest relative difference: loss {report.loss_difference:.1e}, "
-        f"gradients {report.gradient_difference:.1e} ({report.worst_gradient})"
+    pair = prepare(benchmark_model(), options.length, BLOCK_SIZE)
+    if options.threads > 1:
+        gains = scaling(pair, options.repeats, options.threads)
+        print(
+            f"{options.threads} threads are {gains['ours']:.2f} times as fast as one, a large matrix product "
+            f"{gains['gemm']:.2f} times: {gains['ours'] / gains['gemm']:.2f} of its gain"
+        )
+        return _write(options.output, gains)
+    report = measure(pair, options.length, options.repeats)
+    rows = (
+        ("transformers, loop over experts", report.published_tokens_per_cpu_second, report.published_peak_mib),
+        ("plain PyTorch", report.reference_tokens_per_cpu_second, report.reference_peak_mib),
+        ("llada-mega", report.tokens_per_cpu_second, report.peak_mib),
     )
-    if options.output is not None:
-        options.output.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    print(f"{'':32}{'tokens/CPU-second':>20}{'ms a step':>12}{'peak MiB':>12}")
+    for name, rate, peak in rows:
+        print(f"{name:32}{rate:20.0f}{1e3 * options.length / rate:12.0f}{peak:12.0f}")
+    print(
+        f"{report.published_ratio:.2f} times as fast as transformers with "
+        f"{report.peak_mib / report.published_peak_mib:.0%} of its memory, {report.ratio:.2f} times as fast as plain "
+        f"PyTorch; {report.share_of_floor:.0%} of the floor, {1e3 * report.floor_seconds:.0f} ms for "
+        f"{report.step_gflop:.1f} GFLOP at {report.gemm_gflops:.0f} GFLOP/s; largest relative difference: "
+        f"loss {report.loss_difference:.1e}, gradients {report.gradient_difference:.1e} ({report.worst_gradient})"
+    )
+    return _write(options.output, asdict(report))
+
+
+def _write(path: Path | None, report: dict[str, Any]) -> int:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
@@ -241,6 +297,8 @@ def _batch(tokens_L: Tensor, block_size: int, clean_tokens: str) -> Batch:
         t_min=0.4,
         t_max=0.6,
         clean_tokens=clean_tokens,
+        length_multiple=length_multiple(ParallelConfig(), CPU),
+        row_multiple=logit_row_multiple(ParallelConfig(), CPU),
     )
 
 

@@ -76,11 +76,12 @@ class Batch:
     key_exchange: RankExchange | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors, but not the mask, on ``device``."""
+        """The same batch on ``device``, but for the mask and the logit rows: plans are made from them on the host."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            moves = torch.is_tensor(value) and field.name != "logit_rows_R"
+            moved[field.name] = value.to(device, non_blocking=True) if moves else value
         return Batch(**moved)
 
 

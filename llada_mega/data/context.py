@@ -18,6 +18,9 @@ from torch import Tensor
 from llada_mega.config.run import ParallelConfig
 from llada_mega.data.batch import ROW_MULTIPLE, Batch, extend, round_up
 
+GPU = torch.device("cuda")
+CPU_MULTIPLE = 8
+
 
 def shard_batch(
     batch: Batch, rank: int, num_ranks: int, *, work_tile: int = 1, row_multiple: int = ROW_MULTIPLE
@@ -67,9 +70,19 @@ def shard_batch(
     )
 
 
-def length_multiple(parallel: ParallelConfig) -> int:
-    """What the positions of a batch are rounded up to, so that each rank's slice is whole tiles of attention."""
-    return TILE * parallel.cp * (parallel.tp if parallel.sp else 1)
+def length_multiple(parallel: ParallelConfig, device: torch.device = GPU) -> int:
+    """What the positions of a batch are rounded up to, so that each rank's slice is whole tiles of ``device``."""
+    return (TILE if device.type == "cuda" else CPU_MULTIPLE) * parallel.cp * _sequence_parts(parallel)
+
+
+def logit_row_multiple(parallel: ParallelConfig, device: torch.device = GPU) -> int:
+    """What the logit rows of a context-parallel rank are rounded up to; tensor-parallel ranks share them evenly."""
+    parts = _sequence_parts(parallel)
+    return round_up(ROW_MULTIPLE, parts) if device.type == "cuda" else CPU_MULTIPLE * parts
+
+
+def _sequence_parts(parallel: ParallelConfig) -> int:
+    return parallel.tp if parallel.sp else 1
 
 
 def attention_tile(device: torch.device) -> int:

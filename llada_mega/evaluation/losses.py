@@ -196,6 +196,7 @@ class _Evaluation:
             block_origin=self.block_origin,
             clean_tokens=self.clean_tokens,
             length_multiple=self.scorer.length_multiple,
+            row_multiple=self.scorer.row_multiple,
             noise_levels=noise_levels,
         )
         return self.scorer.part(batch)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.data.batch import Batch
-from llada_mega.data.context import attention_tile, length_multiple, shard_batch
+from llada_mega.data.context import attention_tile, length_multiple, logit_row_multiple, shard_batch
 from llada_mega.inference.model import LoadedModel
 from llada_mega.models import BlockDiffusionModel, RowLosses, run_batch
 
@@ -38,6 +38,11 @@ class Scorer(Protocol):
     @property
     def length_multiple(self) -> int:
         """What the positions of a batch must be a multiple of."""
+        ...
+
+    @property
+    def row_multiple(self) -> int:
+        """What the logit rows of a batch must be a multiple of."""
         ...
 
     def part(self, batch: Batch) -> Batch:
@@ -74,12 +79,18 @@ class ModelScorer:
     @property
     def length_multiple(self) -> int:
         """See :class:`Scorer`."""
-        return length_multiple(self.groups.config)
+        return length_multiple(self.groups.config, self.device)
+
+    @property
+    def row_multiple(self) -> int:
+        """See :class:`Scorer`."""
+        return logit_row_multiple(self.groups.config, self.device)
 
     def part(self, batch: Batch) -> Batch:
         """See :class:`Scorer`."""
         context = self.groups.cp
-        return shard_batch(batch, context.rank(), context.size(), work_tile=attention_tile(self.device))
+        tile = attention_tile(self.device)
+        return shard_batch(batch, context.rank(), context.size(), work_tile=tile, row_multiple=self.row_multiple)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> RowScores | None:

@@ -19,6 +19,9 @@ class IntervalCoreAttention(MegatronModule):
     ``attention_mask`` must be a carrier made by :func:`llada_mega.models.mask_carrier.pack`; it holds the mask over all
     S rows of this context-parallel rank, the same for every element of the batch dimension. Where it holds an exchange
     too, keys and values are gathered over ``pg_collection.cp`` first, in every forward pass, recomputed ones included.
+
+    Attributes:
+        chosen_rows_only: the queries of the carrier's chosen rows attend, the others are dropped.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class IntervalCoreAttention(MegatronModule):
         self.backend = backend
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp
+        self.chosen_rows_only = False
 
     def forward(
         self,
@@ -49,8 +53,10 @@ class IntervalCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query ``[S, B, Hq, D]``, key and value ``[S, B, Hk, D]`` -> ``[S, B, Hq * D]``."""
-        mask, exchange = mask_carrier.unpack(attention_mask)
+        """query ``[S, B, Hq, D]``, key and value ``[S, B, Hk, D]`` -> ``[S (or R chosen rows), B, Hq * D]``."""
+        mask, exchange, chosen = mask_carrier.unpack(attention_mask)
+        if self.chosen_rows_only and chosen is not None:
+            query, mask = query.index_select(0, chosen.on(query.device)[0]), chosen.mask
         if exchange is not None:
             key, value = gather_keys(key, value, exchange, self.cp_group)
         output_BSHD = interval_attention(

@@ -23,7 +23,7 @@ def run_batch(model: Any, batch: Batch, embedding_noise: EmbeddingNoise | None =
     return model(
         batch.input_ids_S[None],
         batch.position_ids_S[None],
-        mask_carrier.pack(batch.mask, batch.key_exchange),
+        mask_carrier.pack(batch.mask, batch.key_exchange, batch.logit_rows_R, batch.num_rows),
         padding_mask_BS=batch.padding_S[None],
         logit_rows_R=batch.logit_rows_R,
         labels_R=batch.labels_R,

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from llada_mega.config.checks import divides
-from llada_mega.config.layout import check_layout
+from llada_mega.config.fp8 import RECIPES
+from llada_mega.config.layout import DEEP_EP_DISPATCHERS, check_layout
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.moe import check_routing
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
 from llada_mega.parallel.capabilities import choose_attention, choose_gradient_fusion, choose_implementation
+from llada_mega.parallel.gpu_features import check_gpu_features
 from llada_mega.parallel.megatron_compat import transformer_config
 
 VOCAB_MULTIPLE = 128
@@ -24,7 +26,9 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def check_model(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> None:
+def check_model(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, fp8: str | None = None
+) -> None:
     """Refuse shapes that cannot be built or split, and what this machine does not have.
 
     Raises:
@@ -42,10 +46,15 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
     if model.is_moe:
         _check_moe(model)
     check_layout(model, parallel)
+    check_gpu_features(model, parallel, dtype, fp8)
 
 
-def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def build_transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, fp8: str | None = None
+) -> TransformerConfig:
     """The ``TransformerConfig`` of ``model`` under ``parallel`` with parameters and activations in ``dtype``.
+
+    ``fp8`` is a recipe of :data:`llada_mega.config.fp8.RECIPES` for the matrix products of the layers, or None.
 
     Parameters are initialised by :mod:`llada_mega.models.initialization`, the expert bias is updated by
     :func:`llada_mega.models.router.update_expert_bias`: Megatron's own mechanisms for both are off. Weight gradients
@@ -54,7 +63,7 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
     Raises:
         ConfigError: the shape cannot be built or split, or this machine cannot do what is asked for.
     """
-    check_model(model, parallel, dtype)
+    check_model(model, parallel, dtype, fp8)
     implementation = choose_implementation(model.implementation, dtype).name
     fused_gradients = choose_gradient_fusion(parallel.gradient_accumulation_fusion or False, implementation).name
     fields: dict[str, object] = {
@@ -100,9 +109,9 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype
         "expert_tensor_parallel_size": parallel.etp,
         "sequence_parallel": parallel.sp,
         "variable_seq_lengths": parallel.pp > 1,
-        "moe_token_dispatcher_type": parallel.dispatcher if model.is_moe else "alltoall",
     }
-    fields |= _recompute_fields(parallel) | _pipeline_fields(parallel)
+    fields |= _activation_fields(parallel) | _pipeline_fields(parallel) | _fp8_fields(fp8)
+    fields |= _dispatcher_fields(parallel.dispatcher if model.is_moe else "alltoall")
     if model.is_moe:
         fields |= _moe_fields(model, dtype, implementation)
     return transformer_config(**fields)
@@ -112,12 +121,30 @@ def _leave_uninitialized(weight: torch.Tensor) -> None:
     """In place of Megatron's init methods: see :mod:`llada_mega.models.initialization`."""
 
 
-def _recompute_fields(parallel: ParallelConfig) -> dict[str, object]:
+def _activation_fields(parallel: ParallelConfig) -> dict[str, object]:
     if parallel.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if parallel.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+    if parallel.offload_layers:
+        return {"cpu_offloading": True, "cpu_offloading_num_layers": parallel.offload_layers}
     return {}
+
+
+def _fp8_fields(fp8: str | None) -> dict[str, object]:
+    """Weights stay in bf16 (``fp8_param`` is off): checkpoints and the optimizer know nothing of FP8."""
+    if fp8 is None:
+        return {}
+    fields: dict[str, object] = {"fp8": RECIPES[fp8].format, "fp8_recipe": fp8}
+    if fp8 == "delayed":
+        fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}  # TransformerEngine's own defaults
+    return fields
+
+
+def _dispatcher_fields(dispatcher: str) -> dict[str, object]:
+    if dispatcher in DEEP_EP_DISPATCHERS:
+        return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
+    return {"moe_token_dispatcher_type": dispatcher}
 
 
 def _pipeline_fields(parallel: ParallelConfig) -> dict[str, object]:
@@ -147,7 +174,8 @@ def _moe_fields(model: ModelConfig, dtype: torch.dtype, implementation: str) -> 
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
         "moe_grouped_gemm": implementation == "te",
-        "moe_permute_fusion": False,
+        # TransformerEngine's kernels; without them the dispatchers wait for the GPU to find the routes
+        "moe_permute_fusion": implementation == "te",
     }
 
 

@@ -47,6 +47,7 @@ class NoisyEmbedding(LanguageModelEmbedding):
         if noise is None or noise.std == 0.0:
             return hidden_SBH
         rows_R, sample_R, position_R = noise.rows_R, noise.sample_R, noise.position_R
+        rows_R = rows_R.to(hidden_SBH.device, non_blocking=True)
         noise_RH = normal_channels(noise.seed, Stream.EMBEDDING, sample_R, position_R, hidden_SBH.shape[-1])
         noise_RH = noise_RH * noise.std
         if self.config.sequence_parallel:  # other ranks' rows add zeros somewhere: to leave them out would need a wait

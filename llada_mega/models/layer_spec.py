@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 from llada_mega.config.model import ModelConfig
 from llada_mega.models.attention import IntervalCoreAttention
 from llada_mega.models.grouped_experts import can_group
+from llada_mega.models.last_layer import LastLayer
 from llada_mega.models.layer_modules import LayerModules, local_modules, te_modules
 from llada_mega.models.router import BalancedRouter
 from llada_mega.parallel import megatron_compat
@@ -49,7 +50,7 @@ def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules) -> M
         mlp = megatron_compat.dense_mlp(modules.norm_column if is_fused else modules.column, modules.row)
     separate_norms = [] if is_fused else [ATTENTION_NORM] if is_moe else [ATTENTION_NORM, DENSE_NORM]
     return ModuleSpec(
-        module=TransformerLayer,
+        module=LastLayer if layer_index == model.num_layers - 1 else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if is_fused else modules.norm,
             self_attention=ModuleSpec(

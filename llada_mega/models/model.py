@@ -25,6 +25,7 @@ from llada_mega.models.dispatch import dispatch_locally
 from llada_mega.models.embedding import EmbeddingNoise, NoisyEmbedding
 from llada_mega.models.layer_spec import block_spec
 from llada_mega.models.logits import RowLosses, chunked_cross_entropy, row_logits
+from llada_mega.models.mask_carrier import unpack
 from llada_mega.models.rotary import rotary_angles, rotary_factors
 from llada_mega.parallel import ParallelGroups
 
@@ -114,9 +115,11 @@ class BlockDiffusionModel(LanguageModule):
         Args:
             input_ids_BS: int64 token ids, MASK included.
             position_ids_BS: int64 positions for the rotary embedding.
-            mask_carrier: int32 CPU tensor from :func:`llada_mega.models.mask_carrier.pack`, over the S rows.
+            mask_carrier: int32 CPU tensor from :func:`llada_mega.models.mask_carrier.pack`, over the S rows. Where it
+                names the logit rows, the last layer computes those alone, and of all tokens they alone count in its
+                expert load.
             padding_mask_BS: bool, True = padding, which never counts in expert load.
-            logit_rows_R: int64 indices b * S + s of the rows to predict; None = all, in that order.
+            logit_rows_R: int64 indices b * S + s of the rows to predict, on any device; None = all, in that order.
             labels_R: int64 token ids; with them the last stage returns losses instead of logits.
             weights_R: float weights of the rows' losses; default 1.
             embedding_noise: noise for the masked rows; only the first stage uses it.
@@ -137,7 +140,8 @@ class BlockDiffusionModel(LanguageModule):
         )
         if not self.post_process:
             return hidden
-        hidden_RH = self._select_rows(hidden, logit_rows_R)
+        chosen = unpack(mask_carrier).chosen is not None  # then the last layer returned the logit rows
+        hidden_RH = self._select_rows(hidden, None if chosen else logit_rows_R)
         vocab_size, tp_group = self.model_config.vocab_size, self.groups.tp
         weight = self.output_weight()
         if labels_R is None:
@@ -177,7 +181,9 @@ class BlockDiffusionModel(LanguageModule):
                 hidden_SBH, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         hidden_NH = hidden_SBH.transpose(0, 1).flatten(0, 1)
-        return hidden_NH if rows_R is None else hidden_NH.index_select(0, rows_R)
+        if rows_R is None:
+            return hidden_NH
+        return hidden_NH.index_select(0, rows_R.to(hidden_NH.device, non_blocking=True))
 
 
 def _want_no_extra_state(model: torch.nn.Module, incompatible_keys: Any) -> None:

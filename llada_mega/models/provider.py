@@ -22,6 +22,7 @@ def build_model(
     *,
     parallel: ParallelConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    fp8: str | None = None,
     seed: int | None = 1234,
     pre_process: bool | None = None,
     post_process: bool | None = None,
@@ -34,6 +35,7 @@ def build_model(
         config: shape of the model.
         parallel: default, that of ``groups``.
         dtype: of parameters and activations.
+        fp8: recipe of the layers' matrix products (``llada_mega.config.fp8``); default, they are in ``dtype``.
         seed: of the initial weights; None leaves them uninitialised, for a model that is loaded next.
         pre_process: holds the embedding; default, by the pipeline rank.
         post_process: holds the output layer; default, by the pipeline rank.
@@ -49,7 +51,7 @@ def build_model(
     first_chunk, last_chunk = vp_stage in (None, 0), vp_stage is None or vp_stage == (parallel.vp or 1) - 1
     model = BlockDiffusionModel(
         config,
-        build_transformer_config(config, parallel, dtype),
+        build_transformer_config(config, parallel, dtype, fp8),
         groups,
         pre_process=groups.is_first_stage and first_chunk if pre_process is None else pre_process,
         post_process=groups.is_last_stage and last_chunk if post_process is None else post_process,

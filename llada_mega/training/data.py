@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llada_mega.config.schema import Config
 from llada_mega.data.batch import Batch
-from llada_mega.data.context import length_multiple
+from llada_mega.data.context import length_multiple, logit_row_multiple
 from llada_mega.data.loader import BatchOptions, micro_batches
 from llada_mega.data.order import RunCorpora
 from llada_mega.data.sample import Sample
@@ -42,13 +44,15 @@ class TrainingData:
         )
         self.samples = self.corpora.training_samples(curriculum)
         pad = config.model.pad_token_id
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.options = BatchOptions(
             seed=config.seed,
             mask_token_id=mask_token_id,
             pad_token_id=pad if pad is not None else config.model.eos_token_id or 0,
             block_origin=config.data.block_origin,
             clean_tokens=config.data.clean_tokens,
-            length_multiple=length_multiple(config.parallel),
+            length_multiple=length_multiple(config.parallel, device),
+            row_multiple=logit_row_multiple(config.parallel, device),
         )
         self.validation_samples = self._validation_samples() if config.trainer.validation.every else []
 

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_mega.data.batch import Batch
-from llada_mega.data.context import attention_tile, shard_batch
+from llada_mega.data.context import attention_tile, logit_row_multiple, shard_batch
 from llada_mega.evaluation.losses import level_name
 from llada_mega.models import (
     BlockDiffusionModel,
@@ -55,7 +55,7 @@ class TrainStep:
     Attributes:
         bare_models: the parts without their wrappers.
         timeline: where this rank's time goes.
-        work_tile: see :func:`llada_mega.data.context.attention_tile`.
+        work_tile, row_multiple: see :func:`llada_mega.data.context.shard_batch`.
         num_updates: optimizer steps taken; skipped steps make it smaller than the run's step.
     """
 
@@ -72,7 +72,7 @@ class TrainStep:
         self.bare_models: list[BlockDiffusionModel] = [chunk.module for chunk in chunks]
         self.model_config = self.bare_models[0].model_config
         self.num_updates = 0
-        self.work_tile = attention_tile(device)
+        self.work_tile, self.row_multiple = attention_tile(device), logit_row_multiple(groups.config, device)
         self.timeline = Timeline.on(device)
         self._forward_backward = get_forward_backward_func()
         # Without this, overlapped gradient reduction would reduce after every micro-batch.
@@ -105,7 +105,12 @@ class TrainStep:
         self.optimizer.zero_grad()
         context = self.groups.cp
         with self.timeline.phase("data"):
-            mine = [shard_batch(batch, context.rank(), context.size(), work_tile=self.work_tile) for batch in batches]
+            mine = [
+                shard_batch(
+                    batch, context.rank(), context.size(), work_tile=self.work_tile, row_multiple=self.row_multiple
+                )
+                for batch in batches
+            ]
             on_device = [batch.to(self.device) for batch in mine]
         outputs = self._forward_backward(
             forward_step_func=partial(self._forward_step, embedding_noise_std=embedding_noise_std),

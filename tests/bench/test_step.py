@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import published_model
 from bench.step import compare, measure, prepare, step_flops
-from tests.models.helpers import moe_config
+from llada_mega.config.model import ModelConfig
+from tests.models import helpers
 
 LENGTH, BLOCK_SIZE = 96, 16
+
+
+def moe_config() -> ModelConfig:
+    """GLM-4-MoE's shared expert is a whole number of experts wide."""
+    config = helpers.moe_config()
+    return replace(config, moe=replace(config.moe, shared_expert_ffn_hidden_size=48))
 
 
 def test_both_implementations_make_the_same_loss_and_gradients() -> None:
     loss, gradient, worst = compare(prepare(moe_config(), LENGTH, BLOCK_SIZE))
     assert loss <= 1e-6
     assert gradient <= 1e-5, worst
+
+
+def test_the_published_model_does_too() -> None:
+    pair = prepare(moe_config(), LENGTH, BLOCK_SIZE)
+    assert abs(pair.published() / pair.reference() - 1) <= 1e-6
+    gradients = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in pair.weights.items()}
+    expected = published_model.renamed(pair.config, gradients)
+    for name, parameter in pair.published_model.named_parameters():
+        assert parameter.grad is not None
+        difference = (parameter.grad - expected[name]).abs().max() / expected[name].abs().max()
+        assert difference <= 1e-5, name
 
 
 def test_a_wrong_weight_is_seen() -> None:

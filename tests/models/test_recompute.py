@@ -66,7 +66,7 @@ def test_a_carrier_is_the_exchange_too() -> None:
     local, part = exchange.local_mask(mask, 1), exchange.of_rank(1)
     carrier = mask_carrier.pack(local, part)
     assert carrier.dtype == torch.int32
-    assert mask_carrier.unpack(carrier.clone()) == (local, part)
+    assert mask_carrier.unpack(carrier.clone()) == (local, part, None)
     mask_carrier._cache.clear()
     rebuilt = mask_carrier.unpack(carrier)
     assert torch.equal(rebuilt.mask.endpoints, local.endpoints)
