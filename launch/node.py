@@ -51,7 +51,7 @@ class Plan:
         """The command that starts ``program`` on this node's ranks."""
         options = [f"--nproc-per-node={self.processes}", "--max-restarts=0"]
         meeting = self.rendezvous.torchrun_arguments(purpose=purpose)
-        return [sys.executable, "-m", "torch.distributed.run", *options, *meeting, "-m", *program]
+        return [sys.executable, "-m", "launch.agent", *options, *meeting, "-m", *program]
 
 
 def main(overrides: Sequence[str]) -> int:

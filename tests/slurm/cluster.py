@@ -123,7 +123,7 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """Cancel what runs, stop the daemons, remove the directory."""
-        self.command("scancel", "--state=PENDING,RUNNING,SUSPENDED", "--partition=main", check=False)
+        self.command("scancel", "--partition=main", check=False)
         with contextlib.suppress(TimeoutError):
             self.wait_for(
                 lambda: not self.command("squeue", "--noheader", check=False).stdout.strip(), "an empty queue"

@@ -1,0 +1,143 @@
+"""A node's launcher: what it refuses, and whole runs without a scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.hardware import Hardware
+from launch.node import checkpoint_bytes, main, make_plan, summary
+from launch.restarts import MISTAKE
+from llada_mega.config.compose import compose
+from llada_mega.config.schema import Config
+from llada_mega.data.index_file import IndexWriter
+from llada_mega.errors import LladaMegaError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("data.train=corpus", "trainer.max_steps=2", "trainer.global_batch_size=4", "logging.progress=false")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory to work in, with the indexed dataset ``corpus``."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    with IndexWriter("corpus", np.dtype(np.uint16)) as writer:
+        for length in generator.integers(20, 300, 50).tolist():
+            writer.add(generator.integers(1, 250, length).astype(np.uint16), [length])
+        writer.finish()
+    yield tmp_path
+
+
+@pytest.fixture
+def free_port() -> int:
+    """One that nobody listens to now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, without asking torch."""
+    monkeypatch.setattr("launch.node.find_hardware", lambda: Hardware(cpus=4))
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "message"),
+    [
+        ({"NPROC_PER_NODE": "x"}, (), "NPROC_PER_NODE=x is no number"),
+        ({"PREFLIGHT": "maybe"}, (), "PREFLIGHT=maybe; use on, off, only"),
+        ({"FABRIC": "string"}, (), "FABRIC=string is unknown"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, (), "PyTorch finds none"),
+        ({}, ("parallel.pp=2",), "does not divide the 1 processes"),
+        ({}, ("data.train=nowhere",), "there is no nowhere.bin"),
+        ({}, ("optimiser.lr=1",), "optimiser"),
+    ],
+)
+def test_mistakes_end_before_anything_starts(
+    corpus: Path, hardware: None, variables: dict[str, str], overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises((LladaMegaError, ValueError), match=message):
+        make_plan([*TINY, *overrides], variables)
+
+
+def test_a_mistake_is_one_line_that_names_the_node(
+    corpus: Path, hardware: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data.train=nowhere"]) == MISTAKE
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"launch: error on {os.uname().nodename}: data.train.0.path=nowhere")
+
+
+def test_a_plan_counts_processes_of_all_nodes_and_says_what_it_sets(corpus: Path, hardware: None) -> None:
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "2", "FABRIC": "roce"}
+    plan = make_plan([*TINY, "parallel.pp=2"], variables)
+    assert plan.config.launch.nproc == 4
+    command = plan.torchrun("train", "llada_mega", "train")
+    assert command[1:5] == ["-m", "launch.agent", "--nproc-per-node=2", "--max-restarts=0"]
+    assert command[-3:] == ["-m", "llada_mega", "train"]
+    text = summary(plan)
+    assert "2 nodes x 2 processes, no GPU, 4 cores a node" in text
+    assert "OMP_NUM_THREADS=2" in text
+
+
+def test_fake_gpus_are_no_obstacle_for_a_run_on_cpus(corpus: Path, hardware: None) -> None:
+    assert make_plan([*TINY, "parallel.backend=gloo"], {"SLURM_GPUS_ON_NODE": "8"}).processes == 1
+
+
+@pytest.mark.parametrize("experiment", ["cpt_16b", "cpt_100b"])
+def test_checkpoints_of_the_experiments(experiment: str) -> None:
+    """14 bytes a parameter: bf16 weights, an fp32 copy, two fp32 moments."""
+    config = compose(Config, [f"experiment={experiment}"])
+    assert checkpoint_bytes(config) / 14e9 == pytest.approx({"cpt_16b": 16.3, "cpt_100b": 103.0}[experiment], rel=0.01)
+
+
+def start_node(rank: int, overrides: tuple[str, ...], **variables: str) -> subprocess.Popen[str]:
+    """``launch/torchrun.sh`` as on one of two nodes."""
+    environment = os.environ | {"PYTHON": sys.executable, "NNODES": "2", "NODE_RANK": str(rank)} | variables
+    return subprocess.Popen(
+        [str(ROOT / "launch" / "torchrun.sh"), *TINY, *overrides],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_two_nodes_without_slurm(corpus: Path, free_port: int, backend: str) -> None:
+    """By variables, as over SSH or in Kubernetes; two processes a node."""
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port), "RDZV_BACKEND": backend}
+    variables |= {"NPROC_PER_NODE": "2"}
+    nodes = [start_node(rank, ("run.name=two",), **variables) for rank in (0, 1)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    assert "launch: runs/two: finished" in said[0]
+    # By rank 0, which c10d may have given to either node; both have this machine's name.
+    assert "all-reduce inside a node" in "".join(said)
+    run = corpus / "runs" / "two"
+    assert sorted(path.name for path in (run / "logs").glob("rank_*")) == [f"rank_{rank:04d}.log" for rank in range(4)]
+    assert json.loads((run / "logs" / "node_0001.json").read_text())["rendezvous"]["node_rank"] == 1
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 2
+
+
+@pytest.mark.full
+def test_a_checkpoint_is_as_large_as_the_preflight_asks_for(corpus: Path) -> None:
+    model = ["trainer.dtype=bfloat16", "model.hidden_size=256", "model.vocab_size=384"]  # no padding of the vocabulary
+    environment = os.environ | {"PYTHON": sys.executable, "PREFLIGHT": "off"}
+    command = [str(ROOT / "launch" / "torchrun.sh"), *TINY, "run.name=one", *model]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    checkpoint = corpus / "runs" / "one" / "checkpoints" / "step_00000002"
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
+    assert size == pytest.approx(checkpoint_bytes(compose(Config, [*TINY, *model])), rel=0.01)
