@@ -15,12 +15,19 @@ from llada_mega.config.run import ParallelConfig
 from llada_mega.config.training import TrainerConfig
 from llada_mega.errors import ConfigError
 
+DEEP_EP_DISPATCHERS = (
+    "deepep",
+    "hybridep",
+)  # of one library; the second is for NVLink across nodes
+RECOMPUTABLE = ("core_attn", "layernorm", "mlp")
+RECOMPUTABLE_MOE = ("moe", "moe_act", "shared_experts")
+
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises ConfigError when ``model`` cannot be split as ``parallel`` says."""
     check_group_sizes(parallel)
-    one_of("parallel.dispatcher", parallel.dispatcher, ("alltoall", "allgather"))
-    one_of("parallel.recompute", parallel.recompute, ("none", "selective", "full"))
+    one_of("parallel.dispatcher", parallel.dispatcher, ("alltoall", "allgather", *DEEP_EP_DISPATCHERS))
+    _check_activations(model, parallel)
     one_of("parallel.backend", parallel.backend, ("auto", "nccl", "gloo"))
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         divides("parallel.tp", parallel.tp, f"model.{key}", getattr(model, key))
@@ -162,6 +169,46 @@ def _lighter_ends(num_layers: int, pp: int, virtual: int) -> tuple[int, int] | N
     return best and (best[1], best[2])
 
 
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+def _check_activations(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """What is kept for the backward pass, what is made again, and what waits in host memory."""
+    one_of("parallel.recompute", parallel.recompute, ("none", "selective", "full"))
+    modules = parallel.recompute_modules
+    for module in modules:
+        choices = RECOMPUTABLE + RECOMPUTABLE_MOE if model.is_moe else RECOMPUTABLE
+        require(
+            module in choices,
+            f"parallel.recompute_modules={modules}: {module} is no part of this model that can be recomputed; "
+            f"use {words(choices)}",
+        )
+    require(
+        parallel.recompute == "selective" or modules == ["core_attn"],
+        f"parallel.recompute_modules={modules} has no effect with parallel.recompute={parallel.recompute}; "
+        "set parallel.recompute=selective",
+    )
+    require(
+        parallel.recompute != "selective" or bool(modules),
+        "parallel.recompute_modules is empty; name modules, or set parallel.recompute=none",
+    )
+    layers = parallel.offload_layers
+    require(
+        0 <= layers < model.num_layers,
+        f"parallel.offload_layers={layers} is out of range; use 0 to {model.num_layers - 1}: the last layer's "
+        "activations are needed at once",
+    )
+    require(
+        layers == 0 or parallel.recompute == "none",
+        f"parallel.offload_layers={layers} does not go with parallel.recompute={parallel.recompute}; "
+        "set parallel.recompute=none",
+    )
+    require(
+        layers == 0 or parallel.pp == 1,
+        f"parallel.offload_layers={layers} does not go with parallel.pp={parallel.pp}; set parallel.pp=1 or recompute",
+    )
+
+
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 
@@ -180,4 +227,9 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
     require(
         parallel.dispatcher != "allgather" or parallel.pp == 1,
         f"parallel.dispatcher=allgather does not work with parallel.pp={parallel.pp}; use parallel.dispatcher=alltoall",
+    )
+    require(
+        parallel.dispatcher not in DEEP_EP_DISPATCHERS or parallel.ep * parallel.etp > 1,
+        f"parallel.dispatcher={parallel.dispatcher} sends tokens between the ranks of experts, and parallel.ep="
+        f"{parallel.ep} has none; use parallel.dispatcher=alltoall",
     )

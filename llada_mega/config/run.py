@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 
@@ -34,8 +34,10 @@ class ParallelConfig:
     ep: int = 1  # expert parallelism
     etp: int = 1  # tensor parallelism of the experts
     sp: bool = False  # sequence parallelism: activations between the tensor-parallel layers are split too
-    dispatcher: str = "alltoall"  # alltoall | allgather
-    recompute: str = "none"  # none | selective | full
+    dispatcher: str = "alltoall"  # tokens to experts: alltoall | allgather | deepep | hybridep (library deep_ep)
+    recompute: str = "none"  # none | selective | full: activations made again in the backward pass
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # of selective recomputation
+    offload_layers: int = 0  # so many layers keep their activations in host memory; needs TransformerEngine
     distributed_optimizer: bool = False
     overlap: bool = False  # gradient reduction and parameter gathering run beside the backward and forward pass
     gradient_accumulation_fusion: Optional[bool] = None  # in the matrix product; null: where TE or apex has a kernel

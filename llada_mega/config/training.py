@@ -121,6 +121,7 @@ class TrainerConfig:
     micro_batch_size: int = 1  # samples
     dtype: str = "float32"  # float32 | bfloat16
     log_every: int = 1
+    fp8: Optional[str] = None  # matrix products of the layers: delayed | tensorwise | blockwise | mxfp8; null: dtype
     consistency_every: int = 100  # steps between checks that ranks which share samples hold the same; 0: never
     deterministic: bool = False
     stability: StabilityConfig = field(default_factory=StabilityConfig)

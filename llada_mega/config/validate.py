@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from llada_mega.config.checks import at_least, divides, one_of, require
+from llada_mega.config.fp8 import check_fp8
 from llada_mega.config.layout import check_batches, check_group_sizes, check_layout, check_lengths, data_parallel_size
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.moe import SCORE_FUNCTIONS, check_routing
@@ -302,6 +303,7 @@ def _check_optimizer(config: Config) -> None:
 def _check_trainer(config: Config, world_size: int | None) -> None:
     trainer = config.trainer
     one_of("trainer.dtype", trainer.dtype, ("float32", "bfloat16"))
+    check_fp8(trainer.fp8, trainer.dtype, config.model, config.parallel)
     at_least(
         1,
         trainer__max_steps=trainer.max_steps,

@@ -22,10 +22,10 @@ from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.errors import ConfigError
 
-TE, APEX = "transformer_engine", "apex"
+TE, APEX, DEEP_EP = "transformer_engine", "apex", "deep_ep"
 # Of each library, the distribution that has its version and the modules that Megatron-Core asks for.
-_DISTRIBUTIONS = {TE: "transformer-engine", APEX: "apex"}
-_MODULES = {TE: ("transformer_engine.pytorch",), APEX: ("amp_C", "apex.optimizers")}
+_DISTRIBUTIONS = {TE: "transformer-engine", APEX: "apex", DEEP_EP: "deep_ep"}
+_MODULES = {TE: ("transformer_engine.pytorch",), APEX: ("amp_C", "apex.optimizers"), DEEP_EP: ("deep_ep",)}
 _FUSED_WGRAD = "fused_weight_gradient_mlp_cuda"  # the part of apex that adds weight gradients to the fp32 buffer
 _hidden: dict[str, str] = {}
 
@@ -48,7 +48,7 @@ def version(distribution: str) -> str | None:
 
 @functools.cache
 def obstacle(library: str) -> str | None:
-    """Why ``TE`` or ``APEX`` cannot be used here; None when it can. Imports the library (seconds) where there is CUDA.
+    """Why a library cannot be used here; None when it can. Imports the library (seconds) where there is CUDA.
 
     Installed without its PyTorch part, or a namesake from PyPI in the case of apex, counts as not installed.
     """

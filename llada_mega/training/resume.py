@@ -69,7 +69,7 @@ def run_contract(config: Config, corpora: dict[str, dict[str, Any]]) -> dict[str
         "model": model,
         "data": data,
         "corpora": corpora,
-        "trainer": {"global_batch_size": config.trainer.global_batch_size, "dtype": config.trainer.dtype},
+        "trainer": {name: getattr(config.trainer, name) for name in ("global_batch_size", "dtype", "fp8")},
         "optimizer": dataclasses.asdict(config.optimizer),
     }
 

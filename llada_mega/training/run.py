@@ -26,6 +26,7 @@ from llada_mega.errors import CheckpointError, TrainingError
 from llada_mega.models import build_model
 from llada_mega.parallel import ParallelGroups, destroy, initialize
 from llada_mega.parallel.capabilities import Software, choose_software
+from llada_mega.parallel.gpu_features import check_gpu_features
 from llada_mega.ranks import StopSignals
 from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.checkpointing import CheckpointCallback
@@ -76,7 +77,9 @@ def run_training(config: Config, console: Console | None = None, signals: StopSi
     outcome = Outcome()
     with recorded(outcome, run_dir):
         # All that can be refused is checked before processes and weights cost time.
-        software = choose_software(config.model, config.parallel, getattr(torch, config.trainer.dtype))
+        dtype = getattr(torch, config.trainer.dtype)
+        software = choose_software(config.model, config.parallel, dtype)
+        check_gpu_features(config.model, config.parallel, dtype, config.trainer.fp8)
         check_paths(config)
         curriculum = curriculum_of(config)
         resume_from = find_resume_point(config, run_dir)
@@ -181,7 +184,7 @@ def build_step(
     parallel = dataclasses.replace(config.parallel, gradient_accumulation_fusion=fused)
     stages = [None] if parallel.vp is None else range(parallel.vp)
     models = [
-        build_model(config.model, parallel=parallel, dtype=dtype, seed=seed, groups=groups, vp_stage=stage)
+        build_model(config.model, parallel=parallel, dtype=dtype, fp8=fp8, seed=seed, groups=groups, vp_stage=stage)
         for stage in stages
     ]
     for model in models:
@@ -193,6 +196,7 @@ def build_step(
     return TrainStep(chunks, optimizer, groups, seed=config.seed, device=groups.device)
 
 
+    fp8 = config.trainer.fp8
 def build_callbacks(config: Config, run_dir: Path, data: TrainingData, console: Console, rank: int) -> list[Callback]:
     """Features in the order of their hooks: validation comes before the checkpoint that stores its result."""
     writes_files = rank == 0

@@ -67,7 +67,7 @@ CONTRADICTIONS = [
     ([*MINI, "parallel.pp=4", "parallel.vp=2"], "parallel.pp=4 x parallel.vp=2 does not divide model.num_layers=20"),
     ([*MINI, "parallel.vp=2"], "parallel.vp=2 needs a pipeline, but parallel.pp=1"),
     ([*MINI, "parallel.cp=0"], "parallel.cp=0 is too small"),
-    ([*MINI, "parallel.dispatcher=deepep"], "parallel.dispatcher=deepep is not a choice; use alltoall or allgather"),
+    ([*MINI, "parallel.dispatcher=nvlink"], "parallel.dispatcher=nvlink is not a choice; use alltoall, allgather,"),
     ([*MINI, "parallel.recompute=some"], "parallel.recompute=some is not a choice; use none, selective or full"),
     ([*VALID, "parallel.ep=2"], "parallel.ep=2 parallel.etp=1 split experts, and the model has none"),
     # data
