@@ -3,7 +3,7 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench bench-kernels bench-layouts bench-conversion bench-step docs gpu-first clean
+.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench loss-compare bench-kernels bench-layouts bench-conversion bench-step docs gpu-first clean
 
 VENV := .venv
 LATEST := .venv-latest
@@ -27,8 +27,9 @@ help:
 	echo "make gpu-first     the first hour on a GPU: doctor, tests, kernel table, a step of the 16B shapes, into docs/gpu_results.md"
 	echo "make lint          ruff, mypy, shellcheck"
 	echo "make format        let ruff rewrite the sources"
-	echo "make bench         time, memory and error of block attention, a few cases"
-	echo "make bench-kernels all cases of every attention backend on this device; table, JSON, plot"
+	echo "make bench         the step against a plain one, its scaling, data, saves, optimizer; JSON and plots (ARGS='step data ...')"
+	echo "make loss-compare  do two runs of 50 steps still make the loss curves kept in tests/golden? (ARGS='--update --reason \"...\"')"
+	echo "make bench-kernels attention of every backend on this device; table, JSON, plot (ARGS=--quick: a few cases)"
 	echo "make bench-step    a whole training step on one core against the way published trainers write it, and against the floor"
 	echo "make bench-layouts a run moved between parallel layouts, drawn; speed, memory and bytes of every layout (8 minutes; ARGS=--figure, --table)"
 	echo "make bench-conversion memory and time of import and export at the widths of Ling-flash (32 GB of disk; ARGS=--stacked)"
@@ -108,7 +109,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed
-	@$(BIN)/python -m llada_kernels.bench --quick $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/python -m bench $(ARGS)
+
+loss-compare: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/python -m bench.loss_compare $(ARGS)
 
 bench-kernels: $(VENV)/.installed
 	@$(BIN)/python -m llada_kernels.bench $(ARGS)

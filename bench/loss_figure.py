@@ -18,7 +18,7 @@ EQUAL = 1e-9  # where equal numbers are drawn, whose distance has no logarithm
 KEPT = "#f0b429"
 
 
-def write_figure(drawn: dict[str, tuple[Curves, Curves]], tolerance: dict[str, float], output: Path) -> None:
+def write_figure(drawn: dict[str, tuple[Curves, Curves]], tolerance: float, output: Path) -> None:
     """``drawn`` holds the new and the kept curves of each run, by its name."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5.6), layout="constrained")
@@ -43,14 +43,14 @@ def _draw_losses(axis: Axes, name: str, curves: Curves, golden: Curves) -> None:
     axis.legend(frameon=False)
 
 
-def _draw_differences(axis: Axes, curves: Curves, golden: Curves, tolerance: dict[str, float]) -> None:
-    axis.set_title("relative difference (lines: tolerance)", loc="left")
+def _draw_differences(axis: Axes, curves: Curves, golden: Curves, tolerance: float) -> None:
+    axis.set_title("relative difference (dashed: tolerance)", loc="left")
     axis.set_yscale("log")
     for metric, colour in zip(METRICS, SERIES_LIGHT, strict=False):
         ours, kept = (np.asarray(series[metric]) for series in (curves, golden))
         steps = min(len(ours), len(kept))
         difference = np.abs(ours[:steps] - kept[:steps]) / np.abs(kept[:steps])
         axis.plot(np.arange(1, steps + 1), np.maximum(difference, EQUAL), "o", markersize=4, color=colour, label=metric)
-        axis.axhline(tolerance[metric], color=colour, linewidth=1, linestyle=(0, (5, 3)))
+    axis.axhline(tolerance, color=INK, linewidth=1, linestyle=(0, (5, 3)))
     axis.set_xlabel("step")
     axis.legend(frameon=False, ncols=len(METRICS))

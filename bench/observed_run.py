@@ -48,7 +48,9 @@ def observe(run_dir: Path, overrides: Sequence[str]) -> Seconds:
     with (
         mock.patch.object(TrainingData, "batches", timed_batches),
         mock.patch.object(TrainStep, "__call__", _timed(TrainStep.__call__, seconds.step)),
-        mock.patch.object(CheckpointCallback, "on_step_end", _timed(CheckpointCallback.on_step_end, seconds.checkpoint)),
+        mock.patch.object(
+            CheckpointCallback, "on_step_end", _timed(CheckpointCallback.on_step_end, seconds.checkpoint)
+        ),
     ):
         run_training(config, Console(quiet=True))
     return seconds

@@ -1,10 +1,10 @@
 """How long a checkpoint holds training up, beside the time to copy its bytes once.
 
-``python -m bench.save_stall`` trains a dense model of 135 million parameters with and without asynchronous saves. A save
-cannot take less of the training thread's time than a copy of weights and optimizer state, so the floor is their bytes
-at the rate of a copy between two resident buffers, measured in the same process. Stall is the time in the checkpoint's
-hook: the copy, and later giving the written checkpoint its name. What writing and checksums, in their thread, take from
-the steps in the meantime is told apart from it.
+``python -m bench.save_stall`` trains a dense model of 135 million parameters with and without asynchronous saves. A
+save cannot take less of the training thread's time than a copy of weights and optimizer state, so the floor is their
+bytes at the rate of a copy between two resident buffers, measured in the same process. Stall is the time in the
+checkpoint's hook: the copy, and later giving the written checkpoint its name. What writing and checksums, in their
+thread, take from the steps in the meantime is told apart from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ MODEL = (
 
 @dataclass(frozen=True)
 class SaveStall:
-    """Seconds of wall time. ``stall_seconds`` has one value a save; the first one finds no memory to copy into."""
+    """Seconds of wall time. ``stall_seconds``, ``synchronous_seconds`` and ``lost_to_writing_seconds`` have one value a
+    save; the last is what the steps up to the next save took more than the usual step."""
 
     mib: float
     copy_gib_per_second: float
@@ -73,7 +74,8 @@ def measure(directory: Path) -> SaveStall:
         runs = {}
         for mode in ("true", "false"):
             runs[mode] = observe(Path(scratch) / mode, [*overrides, f"checkpoint.async={mode}"])
-        size = sum(p.stat().st_size for p in list_checkpoints(Path(scratch) / "true" / "checkpoints")[0].rglob("*.safetensors"))
+        newest = list_checkpoints(Path(scratch) / "true" / "checkpoints")[-1]
+        size = sum(path.stat().st_size for path in newest.rglob("*.safetensors"))
     background, blocking = runs["true"], runs["false"]
     usual = statistics.median(blocking.step[1:])
     # A save begins after step 10, 20, ...; its name is given after one of the steps before the next one.
@@ -91,6 +93,7 @@ def measure(directory: Path) -> SaveStall:
 
 def text(result: SaveStall) -> str:
     """The result in lines."""
+
     def numbers(values: list[float]) -> str:
         return ", ".join(f"{value:.2f}" for value in values)
 
