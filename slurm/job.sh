@@ -18,8 +18,8 @@ read -r MASTER_ADDR _ < <(getent ahosts "${name:-$head}") ||
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 
 options=(--ntasks-per-node=1 --cpu-bind=none)
-# A node that fails has a minute until the rest is stopped: the first node is still to say how the run goes on.
-options+=(--kill-on-bad-exit=0 --wait=60)
+# When a node has ended, well or not, the rest has two minutes: the first node is still to say how the run goes on.
+options+=(--kill-on-bad-exit=0 --wait=120)
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then # pyxis and enroot
     options+=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD")
     options+=(--container-mounts="${CONTAINER_MOUNTS:-$LLADA_MEGA_HOME:$LLADA_MEGA_HOME,$PWD:$PWD}")

@@ -95,7 +95,7 @@ def test_near_the_time_limit_the_job_saves_and_is_requeued(checkout: Checkout) -
 def test_a_killed_launcher_is_requeued(checkout: Checkout) -> None:
     job = checkout.submit("sleep 0")
     tasks = checkout.wait_until_running()
-    for task in tasks:  # one alone would do, after the minute of srun's --wait
+    for task in tasks:  # one alone would do, after the two minutes of srun's --wait
         os.kill(task, signal.SIGKILL)
     assert checkout.cluster.wait_for_job(job, "COMPLETED")["Restarts"] == "1"
     assert "requeued with status 137" in checkout.log(job)
