@@ -74,6 +74,16 @@ def test_the_pace_is_that_of_the_last_rows() -> None:
     assert eta.run_seconds(1 + RECENT) == pytest.approx(99 - RECENT)
 
 
+def test_rolled_back() -> None:
+    clock = Clock()
+    eta = Eta(curriculum((4, 100)), 1, 100, clock)
+    eta.begin(0)
+    run(eta, clock, range(1, 11), 1.0)
+    clock.now += 1000.0  # loading
+    run(eta, clock, range(6, 12), 3.0)
+    assert eta.run_seconds(11) == pytest.approx(89 * 3.0)
+
+
 def test_resumed() -> None:
     clock = Clock()
     eta = Eta(curriculum((4, 100)), 1, 100, clock)

@@ -161,5 +161,7 @@ def test_time_over_a_restart(clock: Clock, stand_in: Callable[[int], Any]) -> No
     assert row["step"] == 3
     assert row["train_seconds"] == pytest.approx(30 + 10)  # what the first process did after its checkpoint is lost
     assert row["goodput"] == pytest.approx(30 / (45 + 100 + 10))
+    second.load_state_dict(saved)  # as a rollback does
+    assert second.state_dict()["train_seconds"] == pytest.approx(saved["train_seconds"])
     assert row["tokens_per_s"] == pytest.approx(6.4) and row["positions_per_s"] == pytest.approx(12.8)
     assert row["tflops_per_device"] == pytest.approx(0.5)

@@ -43,6 +43,9 @@ class Eta:
 
     def update(self, step: int) -> None:
         """``step`` was made."""
+        if step <= self._rows[-1][0]:  # the run was rolled back
+            self.begin(step)
+            return
         positions = sample_positions(self._curriculum.stage_at((step - 1) * self._size))
         if positions != self._positions:  # a pace over both would be that of neither
             self._positions = positions

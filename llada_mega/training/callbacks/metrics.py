@@ -136,6 +136,7 @@ class MetricsCallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._began, self._step_seconds = state["began"], state["step_seconds"]
         self._earlier_seconds = state["train_seconds"]
+        self._process_began = time.perf_counter()  # a rollback loads while the process goes on
 
 
 def expert_balance(config: ModelConfig, load_LE: torch.Tensor) -> dict[str, Any]:
