@@ -33,7 +33,7 @@ help:
 	echo "make bench-step    a whole training step on one core against the way published trainers write it, and against the floor"
 	echo "make bench-layouts a run moved between parallel layouts, drawn; speed, memory and bytes of every layout (8 minutes; ARGS=--figure, --table)"
 	echo "make bench-conversion memory and time of import and export at the widths of Ling-flash (32 GB of disk; ARGS=--stacked)"
-	echo "make docs          write docs/configuration.md and docs/commands.md from the sources"
+	echo "make docs          write docs/configuration.md and docs/commands.md from the sources, and the site into build/site"
 	echo "make kernels-aot   compile the GPU kernels without a GPU; registers, memory, spills, instructions"
 	echo "make te-check      TransformerEngine's models, built without a GPU, against the local ones (compiles for 22 CPU-minutes once)"
 	echo "make test-full     the parallel layouts that make test leaves out, against one process"
@@ -44,7 +44,7 @@ define install
 	@test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip was found; install one or set $(4)=/path/to/python" >&2; exit 2; }
 	"$(2)" -m venv $(1)
 	$(1)/bin/python $(PIP_INSTALL) torch
-	$(1)/bin/python $(PIP_INSTALL) --editable '.[dev,logging]'
+	$(1)/bin/python $(PIP_INSTALL) --editable '.[dev,docs,logging]'
 	touch $(1)/.installed
 endef
 
@@ -128,6 +128,8 @@ bench-conversion: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	echo build/site/index.html
 
 latest-python:
 	@echo "$(LATEST_PYTHON)"
