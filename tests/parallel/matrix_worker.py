@@ -28,7 +28,7 @@ STAGES = [("bdlm", 4), ("bdlm", 4), ("bdlm", 8), ("mdlm", LENGTH), ("mdlm", LENG
 DOCUMENTS = [([7, 5, 4], [False] * 3), ([16], [False]), ([9, 3, 4], [False, False, True]), ([4, 12], [False] * 2)]
 NOISE_STD, LEARNING_RATE = 0.1, {"adam": 1e-3, "sgd": 1e-1}
 # Of weights, samples and noise. With these no routing decision is near a tie; test_matrix.py asserts it.
-SEEDS = {("needed", "sgd"): 6, ("needed", "adam"): 38, ("all", "sgd"): 9, ("all", "adam"): 9}  # by clean tokens
+SEEDS = {("needed", "sgd"): 6, ("needed", "adam"): 1, ("all", "sgd"): 9, ("all", "adam"): 15}  # by clean tokens
 
 _SHAPE: dict[str, Any] = {"num_layers": 4, "init_std": 0.15, "mask_token_id": MASK_ID}
 MODELS = {
