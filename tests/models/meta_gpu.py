@@ -123,29 +123,25 @@ class Waits(TorchDispatchMode):
         return torch.full(source.shape, self.routes // max(source.numel(), 1), dtype=dtype)
 
 
-class CudaIsMeta(TorchFunctionMode):
-    """Names of CUDA devices mean the meta device."""
+class SeesNumbers(TorchFunctionMode):
+    """Notes numbers that are copied from the host: PyTorch does that where no dispatch mode sees it."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
         self.waits = waits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {name: _device(value) if name == "device" else value for name, value in (kwargs or {}).items()}
+        kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
-            device = kwargs.get("device") or (args[0].device if func is Tensor.new_tensor else None)
-            if device is not None and torch.device(device).type == "meta":
+            device = kwargs.get("device") or (args[0].device if func is Tensor.new_tensor else "cpu")
+            if torch.device(device).type != "cpu":
                 self.waits.note("copy of numbers to the device")
-        return func(*map(_device, args), **kwargs)
-
-
-def _device(value: Any) -> Any:
-    return META if isinstance(value, str | torch.device) and str(value).startswith("cuda") else value
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def _gpu(waits: Waits, world_size: int) -> Iterator[None]:
-    with fake_cuda.world(0, world_size), CudaIsMeta(waits):
+    with fake_cuda.world(0, world_size), SeesNumbers(waits):
         yield
 
 
@@ -271,9 +267,7 @@ def probe() -> dict[str, list[str]]:
         }
         for name, code in codes.items():
             waits.found.clear()
-            with contextlib.suppress(
-                NotImplementedError, RuntimeError
-            ):  # PyTorch does not know the size of the result either
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # PyTorch does not know the size either
                 code()
             found[name] = [wait.partition(" at ")[0] for wait in waits.found]
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -55,6 +56,18 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
+class CudaIsMeta(TorchFunctionMode):
+    """Names of CUDA devices mean the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map(_device, args), **{name: _device(value) for name, value in (kwargs or {}).items()})
+
+
+def _device(value: Any) -> Any:
+    names_cuda = isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
+    return torch.device("meta") if names_cuda else value
+
+
 @contextlib.contextmanager
 def world(rank: int, world_size: int) -> Iterator[None]:
     """Be one of ``world_size`` ranks of which the others do not exist: collectives return at once."""
@@ -66,7 +79,8 @@ def world(rank: int, world_size: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     dist.new_group = fake_group
     try:
-        yield
+        with CudaIsMeta():
+            yield
     finally:
         dist.new_group = new_group
         dist.destroy_process_group()
