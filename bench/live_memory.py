@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-BACKWARD, OUTSIDE = "backward work", "optimizer work"
+BACKWARD, OUTSIDE = "backward work", "outside modules"
 
 
 class LiveMemory(TorchDispatchMode):

@@ -11,11 +11,12 @@ V rows of the vocabulary (/tp).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.models.logits import CHUNK_ROWS
+from llada_mega.planning.share import last_layer_is_whole
 
 WIDE = 4  # bytes of fp32: statistics, scores, losses
 INDEX = 8  # bytes of int64
@@ -28,38 +29,49 @@ class Sizes:
     """One micro-batch on one rank.
 
     Attributes:
-        tokens, positions, routes, logit_rows: T, S, N, R.
-        most_routes: to the fullest of its experts.
+        tokens, positions, logit_rows: T, S, R.
+        last_tokens: tokens behind the attention of the last layer, between the tensor-parallel parts.
+        routes_a_token: N over T.
+        expert_share: tokens of the fullest of a rank's experts, over T.
         element: bytes of parameters and activations.
         te: TransformerEngine's layers: weight gradients are added to their buffers inside the matrix product.
     """
 
     tokens: int
     positions: int
-    routes: float
-    most_routes: float
     logit_rows: int
+    last_tokens: int
+    routes_a_token: float
+    expert_share: float
     element: int
     te: bool = False
 
 
 def layer(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:
     """Bytes that the 0-based layer keeps from its forward to its backward pass, by component."""
+    behind = _behind_attention(model, parallel, index, sizes)
     kept = {
-        "attention": _attention(model, parallel, sizes),
-        "norms": _norms(model, parallel, sizes),
-        "residual stream": 2 * sizes.tokens * model.hidden_size * sizes.element,  # after either part
+        "attention": _attention(model, parallel, sizes, behind),
+        "norms": _norms(model, parallel, sizes, behind),
+        "residual stream": 2 * behind.tokens * model.hidden_size * sizes.element,  # after either part
     }
     if model.is_moe_layer(index):
-        kept["router"] = _router(model, sizes)
-        kept["experts"] = _experts(model, parallel, sizes)
-        kept["feed-forward"] = _feed_forward(model.moe.shared_expert_ffn_hidden_size // parallel.tp, sizes)
+        kept["router"] = _router(model, behind)
+        kept["experts"] = _experts(model, parallel, behind)
+        kept["feed-forward"] = _feed_forward(model.moe.shared_expert_ffn_hidden_size // parallel.tp, behind)
     else:
-        kept["feed-forward"] = _feed_forward(model.ffn_hidden_size // parallel.tp, sizes)
+        kept["feed-forward"] = _feed_forward(model.ffn_hidden_size // parallel.tp, behind)
     return kept
 
 
-def _attention(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> float:
+def _behind_attention(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Sizes:
+    """In the last layer the queries of the logit rows alone attend, and all that follows is for them."""
+    if index < model.num_layers - 1 or last_layer_is_whole(model, parallel):
+        return sizes
+    return replace(sizes, tokens=sizes.last_tokens, positions=sizes.logit_rows)
+
+
+def _attention(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes, behind: Sizes) -> float:
     """Q, K, V as projected (V stays a view of it), Q and K rotated, output, log-sum-exp.
 
     The norm of the queries wants them contiguous, and keeps that copy. Recomputing the core saves the log-sum-exp
@@ -67,16 +79,18 @@ def _attention(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> fl
     """
     query = model.num_attention_heads * model.head_dim // parallel.tp
     key = model.num_query_groups * model.head_dim // parallel.tp
-    rows = (query + 2 * key) + (query + key) + query + (query if model.qk_norm else 0)
     lse = 0 if parallel.recompute == "selective" else model.num_attention_heads // parallel.tp * WIDE
-    gathered = 2 * key * (parallel.cp > 1) * parallel.cp  # keys and values of all context-parallel ranks
-    return sizes.positions * ((rows + gathered) * sizes.element + lse)
+    # Under context parallelism keys and values of all ranks come in place of the rank's own rotated keys.
+    keys = 2 * key * parallel.cp if parallel.cp > 1 else key
+    rows = query + 2 * key + (query if model.qk_norm else 0) + keys
+    return sizes.positions * rows * sizes.element + behind.positions * (2 * query * sizes.element + lse)
 
 
-def _norms(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> float:
+def _norms(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes, behind: Sizes) -> float:
     """Two outputs, which the linear layers behind them need, and statistics; inputs are kept by others."""
     heads = (model.num_attention_heads + model.num_query_groups) // parallel.tp if model.qk_norm else 0
-    return 2 * sizes.tokens * (model.hidden_size * sizes.element + WIDE) + sizes.positions * heads * WIDE
+    tokens = sizes.tokens + behind.tokens
+    return tokens * (model.hidden_size * sizes.element + WIDE) + sizes.positions * heads * WIDE
 
 
 def _feed_forward(width: int, sizes: Sizes) -> float:
@@ -97,17 +111,17 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> floa
     """
     width = model.moe.expert_ffn_hidden_size // parallel.etp
     inner = (6 if sizes.te else 2) * width
-    arrived = model.hidden_size if sizes.te or parallel.ep * parallel.etp > 1 or parallel.tp > 1 else 0
-    return sizes.routes * ((inner + arrived) * sizes.element + 2 * INDEX + WIDE)
+    arrived = model.hidden_size if sizes.te or parallel.ep * parallel.etp > 1 else 0
+    return sizes.tokens * sizes.routes_a_token * ((inner + arrived) * sizes.element + 2 * INDEX + WIDE)
 
 
-def embedding(model: ModelConfig, sizes: Sizes) -> float:
-    """The output of the embedding, or what the previous pipeline stage sent."""
-    return sizes.tokens * model.hidden_size * sizes.element
+def layer_output(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> float:
+    """The residual stream behind a layer."""
+    return _behind_attention(model, parallel, index, sizes).tokens * model.hidden_size * sizes.element
 
 
 def layer_input(model: ModelConfig, sizes: Sizes) -> float:
-    """All that a layer keeps under full recomputation."""
+    """What comes into a layer, and all that it keeps under full recomputation."""
     return sizes.tokens * model.hidden_size * sizes.element
 
 
@@ -116,13 +130,14 @@ def rotary(model: ModelConfig, sizes: Sizes) -> float:
     return sizes.positions * model.head_dim * (1 + model.rotary_percent / 2) * sizes.element
 
 
-def logits(model: ModelConfig, vocab: int, sizes: Sizes) -> float:
-    """The largest moment of the chunked cross entropy: rows, their gradient, two chunks, the output's gradient.
+def logits(model: ModelConfig, vocab: int, parallel: ParallelConfig, sizes: Sizes) -> float:
+    """The largest moment of the chunked cross entropy: gradients of the rows, two chunks, the output's gradient.
 
-    A chunk's logits live until those of the next one are there, in fp32 beside the model's dtype. Its contribution to
-    the gradient of the output matrix is a matrix by itself only where dtypes differ.
+    Under sequence parallelism also the rows, gathered. A chunk's logits live until those of the next
+    one are there, in fp32 beside the model's dtype. Its contribution to the gradient of the output matrix is a matrix
+    by itself only where dtypes differ.
     """
-    rows = 2 * sizes.logit_rows * model.hidden_size * sizes.element
+    rows = (2 if parallel.sp else 1) * sizes.logit_rows * model.hidden_size * sizes.element
     chunk = min(CHUNK_ROWS, sizes.logit_rows)
     last = min(chunk, max(sizes.logit_rows - chunk, 0))
     mixed = 0 if sizes.element == WIDE else sizes.element
@@ -139,6 +154,7 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
     gradient that came in and the one that goes out, scratch rows, and the weight gradients of all experts, unless they
     are added to their buffers at once.
     """
+    sizes = _behind_attention(model, parallel, index, sizes)
     hidden, element = model.hidden_size, sizes.element
     stream = sizes.tokens * hidden * element
     if not model.is_moe_layer(index):
@@ -146,6 +162,8 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
         return {"backward work": stream + 3 * inner, "feed-forward": -inner}
     width = model.moe.expert_ffn_hidden_size // parallel.etp
     if sizes.te:
-        return {"backward work": 2 * stream + sizes.routes * (2 * hidden + 4 * width) * element}
+        routes = sizes.tokens * sizes.routes_a_token
+        return {"backward work": 2 * stream + routes * (2 * hidden + 4 * width) * element}
     weights = model.moe.num_experts // parallel.ep * 3 * hidden * width
-    return {"backward work": 2 * stream + (weights + sizes.most_routes * (hidden + 6 * width)) * element}
+    scratch = sizes.tokens * sizes.expert_share * (hidden + 6 * width)
+    return {"backward work": 2 * stream + (weights + scratch) * element}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
+from llada_mega.planning.share import last_layer_is_whole
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def tensor_parallel(
 
     Attention, a dense feed-forward network and a shared expert cost five each: the input is gathered and the output
     reduce-scattered; backward the gradient of the output is gathered, the input gathered again and its gradient
-    reduce-scattered. The embedding costs two, the rows before the output matrix one. The cross entropy all-reduces
+    reduce-scattered. The embedding costs two, the rows before the output matrix one. The last layer gathers its
+    residual stream too and is concerned with the logit rows alone behind its attention. The cross entropy all-reduces
     the maximum (fp32), the label's logit and the sum (fp32 each) and the most probable token (int64) of every row, and
     the gradient of its hidden state.
     """
@@ -85,8 +87,15 @@ def tensor_parallel(
     if model.is_moe and model.moe.shared_expert_ffn_hidden_size:
         networks = rank.layers
     each = 2 * forward_passes(parallel) + 3
-    activations = each * (rank.layers + networks) + 2 * rank.is_first + rank.is_last
-    gathered = activations * batch.positions * model.hidden_size * element_size
+    positions = (each * (rank.layers + networks) + 2 * rank.is_first) * batch.positions
+    if rank.is_last and last_layer_is_whole(model, parallel):
+        positions += batch.positions
+    elif rank.is_last:
+        has_network = not model.is_moe_layer(model.num_layers - 1) or model.moe.shared_expert_ffn_hidden_size > 0
+        shorter = (forward_passes(parallel) + 1) + each * has_network  # outputs and their gradients; the network
+        positions += (forward_passes(parallel) + 1) * batch.positions  # of the residual stream
+        positions += (shorter + 1) * batch.logit_rows - shorter * batch.positions
+    gathered = positions * model.hidden_size * element_size
     row = 3 * 4 + 8 + model.hidden_size * element_size
     reduced = batch.logit_rows * row if rank.is_last else 0
     return (n - 1) / n * (gathered + 2 * reduced)
@@ -132,7 +141,7 @@ def experts(
     if n == 1:
         return 0.0
     hidden, forward = model.hidden_size * element_size, forward_passes(parallel)
-    if parallel.dispatcher == "alltoall":
+    if parallel.dispatcher != "allgather":
         return rank.routes_leaving * (forward + 1) * (2 * hidden + 4)
     tokens = sum(batch.count * batch.positions for batch in batches) / (parallel.tp if parallel.sp else 1)
     choices = model.moe.num_experts * (forward * (4 + 1) + 4)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.planning import activations
 from llada_mega.planning.activations import WIDE, Bytes, Sizes
+from llada_mega.planning.schedule import states
 from llada_mega.planning.share import Share, vocab_rows
 
 GIB = 2**30
@@ -30,7 +30,7 @@ COMPONENTS = (
     "experts",
     "logits",
     "backward work",
-    "optimizer work",
+    "outside modules",
 )
 
 
@@ -76,16 +76,15 @@ def sizes_of(
     Args:
         expert_load: tokens of the fullest rank, and of the fullest expert, over the mean.
     """
-    tokens = positions // parallel.tp if parallel.sp else positions
-    routes = tokens * model.moe.top_k if model.is_moe else 0
-    local = max(model.moe.num_experts // parallel.ep, 1)
-    uneven = expert_load if parallel.ep > 1 else 1.0
+    split = parallel.tp if parallel.sp else 1
+    top_k = model.moe.top_k if model.is_moe else 0
     return Sizes(
-        tokens=tokens,
+        tokens=positions // split,
         positions=positions,
-        routes=routes * uneven,
-        most_routes=routes / local * expert_load,
         logit_rows=logit_rows,
+        last_tokens=logit_rows // split,
+        routes_a_token=top_k * (expert_load if parallel.ep > 1 else 1.0),
+        expert_share=top_k / max(model.moe.num_experts // parallel.ep, 1) * expert_load,
         element=dtype.itemsize,
         te=te,
     )
@@ -99,7 +98,7 @@ def peak_memory(
     held["batch"] = sizes.positions * 21 + sizes.logit_rows * 40.0  # ids, positions, padding, mask; rows with labels
     moments = _moments(model, parallel, share, copies, sizes, num_micro_batches)
     name, extra = max(moments, key=lambda moment: sum(moment[1].values()))
-    return Peak(name, {key: value for key, value in _add([held, extra]).items() if value})
+    return Peak(name, {key: value for key, value in _sum([held, extra]).items() if value})
 
 
 def persistent(parallel: ParallelConfig, share: Share, copies: Copies, sizes: Sizes) -> Bytes:
@@ -126,63 +125,64 @@ def _moments(
     """Moments of a step that can be the largest, and what they need beyond what is held."""
     vocab = vocab_rows(model, parallel)
     table = vocab * model.hidden_size * sizes.element
-    start = {"embedding" if share.is_first else "residual stream": activations.embedding(model, sizes)}
-    start["logits"] = activations.rotary(model, sizes)
-    kept = {layer: activations.layer(model, parallel, layer, sizes) for layer in share.layers}
-    full = parallel.recompute == "full"
-    stays = {
-        layer: {"residual stream": activations.layer_input(model, sizes)} if full else kept[layer]
-        for layer in share.layers
-    }
-    waiting = in_flight(parallel, share.stage, num_micro_batches) - 1  # whole micro-batches behind the one at work
-    others = _times(waiting, _add([start, *stays.values()]))
     tied = table if model.tie_embeddings and share.is_first and share.is_last else 0
-
-    if share.is_last:
-        end = {
-            "norms": sizes.tokens * model.hidden_size * sizes.element,
-            "logits": activations.logits(model, vocab, sizes),
+    kept = {layer: activations.layer(model, parallel, layer, sizes) for layer in share.layers}
+    stays = kept
+    if parallel.recompute == "full":
+        # A layer's input is the output of what is before it, which the first one of a chunk gets from outside.
+        first = {chunk[0] for chunk in share.chunks}
+        stays = {
+            layer: {"residual stream": 0.0 if layer in first else activations.layer_input(model, sizes)}
+            for layer in share.layers
         }
-        yield "logits", _add([others, start, *stays.values(), end])
-    lasts = [
-        max(found)
-        for found in (
-            [layer for layer in share.layers if model.is_moe_layer(layer)],
-            [layer for layer in share.layers if not model.is_moe_layer(layer)],
-        )
-        if found
+    starts = [_start(model, share, chunk, sizes) for chunk in range(len(share.chunks))]
+    whole = [
+        _sum([start, *(stays[layer] for layer in chunk)]) for start, chunk in zip(starts, share.chunks, strict=True)
     ]
-    for layer in lasts:
-        parts = [start, *(stays[other] for other in share.layers if other < layer), kept[layer]]
-        parts += [activations.backward_work(model, parallel, layer, sizes), {"backward work": tied}]
-        if not full:  # the stream behind the layer is gone; recomputed, its input is there already
-            parts.append({"residual stream": -activations.layer_input(model, sizes)})
-        yield f"backward of layer {layer}", _add([others, *parts])
-    if share.is_first:
-        yield "backward of the embedding", _add([others, start, {"backward work": table + tied}])
+    for state in states(parallel.pp, len(share.chunks), share.stage, num_micro_batches):
+        chunk = share.chunks[state.going_back]
+        waiting = [count - (index == state.going_back) for index, count in enumerate(state.held)]
+        others = _sum(_times(count, part) for count, part in zip(waiting, whole, strict=True))
+        if share.is_last and state.going_back == len(share.chunks) - 1:
+            end = {
+                "norms": sizes.last_tokens * model.hidden_size * sizes.element,
+                "logits": activations.logits(model, vocab, parallel, sizes),
+            }
+            yield "logits", _sum([others, whole[state.going_back], end])
+        for layer in _last_of_each_kind(model, chunk):
+            parts = [others, starts[state.going_back], *(stays[other] for other in chunk if other < layer), kept[layer]]
+            parts += [activations.backward_work(model, parallel, layer, sizes), {"backward work": tied}]
+            if parallel.recompute == "full":
+                parts.append(stays[layer])
+            else:  # what it gave to the layer behind it, which is done, is gone
+                parts.append({"residual stream": -activations.layer_output(model, parallel, layer, sizes)})
+            yield f"backward of layer {layer}", _sum(parts)
+        if share.is_first and state.going_back == 0:
+            yield "backward of the embedding", _sum([others, starts[0], {"backward work": table + tied}])
     largest = max(vocab * model.hidden_size if share.is_first or share.is_last else 0, model.hidden_size**2)
     shrink = copies.dense if parallel.distributed_optimizer else 1
-    yield "optimizer", {"optimizer work": 2 * WIDE * largest / shrink}
+    yield "optimizer", {"outside modules": 2 * WIDE * largest / shrink}
 
 
-def in_flight(parallel: ParallelConfig, stage: int, num_micro_batches: int) -> float:
-    """Micro-batches whose activations a stage holds at once, in whole passes through all its chunks.
-
-    1F1B: one for every stage from here on. Interleaved, in chunks: Megatron-Core's warm-up, and the one at work.
-    """
-    chunks = parallel.vp or 1
-    behind = parallel.pp - stage - 1
-    if chunks == 1:
-        return min(behind + 1, num_micro_batches)
-    return min((2 * behind + (chunks - 1) * parallel.pp + 1) / chunks, num_micro_batches)
+def _start(model: ModelConfig, share: Share, chunk: int, sizes: Sizes) -> Bytes:
+    """What a chunk keeps beside its layers: its input, and the rotary factors."""
+    component = "embedding" if share.is_first and chunk == 0 else "outside modules"
+    return {component: activations.layer_input(model, sizes), "logits": activations.rotary(model, sizes)}
 
 
-def _add(parts: Iterable[Bytes]) -> Bytes:
-    total: Counter[str] = Counter()
+def _last_of_each_kind(model: ModelConfig, layers: Sequence[int]) -> list[int]:
+    """The last dense layer, the last one with experts, and the one before a last layer that computes few rows."""
+    moe = [layer for layer in layers if model.is_moe_layer(layer)]
+    dense = [layer for layer in layers if not model.is_moe_layer(layer)]
+    return [layer for found in (moe, dense) for layer in found[-2:]]
+
+
+def _sum(parts: Iterable[Bytes]) -> Bytes:
+    total: dict[str, float] = {}
     for part in parts:
         for component, count in part.items():
-            total[component] += count  # type: ignore[assignment]
-    return dict(total)
+            total[component] = total.get(component, 0.0) + count
+    return total
 
 
 def _times(factor: float, part: Bytes) -> Bytes:

@@ -214,8 +214,7 @@ class Planner:
         slowest: tuple[StepTime, dict[str, float]] | None = None
         for pipeline_stage in _different_stages(parallel):
             share = share_of_stage(model, parallel, pipeline_stage)
-            pairs, tiles = shape.visible_pairs / parallel.cp, shape.tile_pairs / parallel.cp
-            work = Work.of(model, parallel, share, sizes, pairs, tiles)
+            work = Work.of(model, parallel, share, sizes, shape)
             sent = sent_by_rank(model, parallel, share, copies, sizes, shape.keys_sent(parallel), count)
             time = step_time(
                 parallel,
@@ -234,7 +233,9 @@ class Planner:
         assert slowest is not None
         time, sent = slowest
         batch = options.trainer.global_batch_size
-        useful = forward_flops(model, shape.noisy + shape.clean, shape.visible_pairs, round(shape.rows)).total
+        useful = forward_flops(
+            model, shape.noisy + shape.clean, shape.visible_pairs, shape.rows, shape.logit_pairs
+        ).total
         flops = STEP * useful * batch / micro_batch_size
         steps = stage.num_samples // batch
         days = steps * time.total / _DAY

@@ -10,7 +10,7 @@ from llada_kernels.tiles import TileLists
 
 from llada_mega.config.run import ParallelConfig
 from llada_mega.config.schema import Config
-from llada_mega.data.batch import ROW_MULTIPLE, Batch, round_up
+from llada_mega.data.batch import ROW_MULTIPLE, round_up
 from llada_mega.data.context import length_multiple
 from llada_mega.diffusion.schedule import get_schedule
 from llada_mega.diffusion.stages import ResolvedStage
@@ -23,7 +23,7 @@ class Shape:
 
     Attributes:
         noisy, clean: positions of the two halves.
-        visible_pairs: (row, key) pairs that attention needs.
+        visible_pairs: (row, key) pairs that attention needs; noisy_pairs: those of noisy rows.
         tile_pairs: pairs in the tiles of 128 x 128 that hold a visible one: what GPU kernels compute.
         rows: masked tokens expected; most_rows: at the highest noise level.
         exchanged: positions whose keys context-parallel ranks exchange.
@@ -32,6 +32,7 @@ class Shape:
     noisy: int
     clean: int
     visible_pairs: int
+    noisy_pairs: int
     tile_pairs: int
     rows: float
     most_rows: int
@@ -44,6 +45,11 @@ class Shape:
     def logit_rows(self, parallel: ParallelConfig, rows: float) -> int:
         """``rows`` of the whole micro-batch -> those of a context-parallel rank, rounding included."""
         return round_up(max(int(rows / parallel.cp), 1), ROW_MULTIPLE)
+
+    @property
+    def logit_pairs(self) -> float:
+        """Visible pairs of the rows with logits, masked tokens being anywhere."""
+        return self.noisy_pairs * self.rows / self.noisy
 
     def keys_sent(self, parallel: ParallelConfig) -> int:
         """Rows of which a context-parallel rank sends its keys, in whole tiles."""
@@ -66,6 +72,7 @@ def shape_of_stage(config: Config, stage: ResolvedStage, document_length: int | 
     tiles = TileLists.of(visibility.mask, TILE, TILE)
     live = int(tiles.row_partial.counts().sum() + tiles.row_full.counts().sum())
     noisy, objective = length * samples, stage.objective
+    pairs_S = visibility.mask.visible_counts()
     # The mean over the band of noise levels; a grid of midpoints is exact for the linear schedule.
     t = objective.t_min + (objective.t_max - objective.t_min) * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     schedule = get_schedule(objective.schedule)
@@ -76,19 +83,13 @@ def shape_of_stage(config: Config, stage: ResolvedStage, document_length: int | 
     return Shape(
         noisy=noisy,
         clean=clean,
-        visible_pairs=visibility.mask.area(),
+        visible_pairs=int(pairs_S.sum()),
+        noisy_pairs=int(pairs_S[:noisy].sum()),
         tile_pairs=live * TILE * TILE,
         rows=noisy * float(schedule.mask_probability(t).mean()),
         most_rows=round(noisy * most),
         exchanged=clean if whole_blocks else noisy + clean,
     )
-
-
-def shape_of_batch(batch: Batch) -> Shape:
-    """The shape of a real micro-batch, all of it on one context-parallel rank."""
-    positions, area = len(batch.input_ids_S), batch.mask.area()
-    clean = positions - batch.num_noisy
-    return Shape(batch.num_noisy, clean, area, area, batch.num_rows, batch.num_rows, clean or positions)
 
 
 def _documents(length: int, document_length: int | None) -> list[int]:

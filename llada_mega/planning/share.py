@@ -20,18 +20,23 @@ class Share:
 
     Attributes:
         stage: pipeline rank.
-        layers: global 0-based indices, all chunks together.
+        chunks: global 0-based indices of the layers of each of its model chunks.
         is_first, is_last: it holds the embedding, or the output matrix.
         parameters: elements by component, without experts.
         expert_parameters: elements of routed experts.
     """
 
     stage: int
-    layers: tuple[int, ...]
+    chunks: tuple[tuple[int, ...], ...]
     is_first: bool
     is_last: bool
     parameters: dict[str, int]
     expert_parameters: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of all chunks."""
+        return tuple(layer for chunk in self.chunks for layer in chunk)
 
     @property
     def dense_parameters(self) -> int:
@@ -51,7 +56,8 @@ def vocab_rows(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 def share_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> Share:
     """The share of a rank of pipeline stage ``stage``."""
-    layers = tuple(_layers_of_stage(model.num_layers, parallel, stage))
+    chunks = tuple(_chunks_of_stage(model.num_layers, parallel, stage))
+    layers = [layer for chunk in chunks for layer in chunk]
     is_first, is_last = stage == 0, stage == parallel.pp - 1
     counted: dict[str, int] = {}
     experts = 0
@@ -71,7 +77,7 @@ def share_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> 
     add("norms", model.hidden_size * is_last)
     # A tied table is one parameter, unless the stages of a pipeline keep a copy each.
     add("output", table * (is_last and not (model.tie_embeddings and is_first)))
-    return Share(stage, layers, is_first, is_last, counted, experts)
+    return Share(stage, chunks, is_first, is_last, counted, experts)
 
 
 def _layer_parameters(model: ModelConfig, parallel: ParallelConfig, layer: int) -> dict[str, int]:
@@ -90,10 +96,18 @@ def _layer_parameters(model: ModelConfig, parallel: ParallelConfig, layer: int) 
     }
 
 
-def _layers_of_stage(num_layers: int, parallel: ParallelConfig, stage: int) -> Iterator[int]:
+def _chunks_of_stage(num_layers: int, parallel: ParallelConfig, stage: int) -> Iterator[tuple[int, ...]]:
     """Chunks go round the stages in circles; a stage's chunks are equal."""
-    chunks = parallel.vp or 1
-    sizes = [layers // chunks for layers in stage_layers(num_layers, parallel)]
-    for chunk in range(chunks):
+    number = parallel.vp or 1
+    sizes = [layers // number for layers in stage_layers(num_layers, parallel)]
+    for chunk in range(number):
         first = chunk * sum(sizes) + sum(sizes[:stage])
-        yield from range(first, first + sizes[stage])
+        yield tuple(range(first, first + sizes[stage]))
+
+
+def last_layer_is_whole(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """True where the last layer computes all rows, and not the rows with logits alone.
+
+    An all-gather of tokens wants as many on every rank and in every layer.
+    """
+    return model.is_moe and parallel.dispatcher == "allgather" and parallel.tp * parallel.ep * parallel.etp > 1

@@ -11,7 +11,8 @@ from llada_mega.planning.activations import WIDE, layer
 from llada_mega.planning.hardware import Device
 from llada_mega.planning.memory import Copies, Sizes
 from llada_mega.planning.options import Assumptions
-from llada_mega.planning.share import Share
+from llada_mega.planning.shapes import Shape
+from llada_mega.planning.share import Share, last_layer_is_whole
 from llada_mega.training.flops import STEP, Flops, layer_flops, logit_flops
 
 # Attention multiplies twice forward and, as the scores are computed again, five times backward; a model FLOP counts
@@ -31,18 +32,21 @@ class Work:
     kept: float
 
     @classmethod
-    def of(
-        cls, model: ModelConfig, parallel: ParallelConfig, share: Share, sizes: Sizes, pairs: float, tile_pairs: float
-    ) -> Work:
-        """Of the share of a pipeline stage; ``pairs`` are those of a context-parallel rank's rows."""
+    def of(cls, model: ModelConfig, parallel: ParallelConfig, share: Share, sizes: Sizes, shape: Shape) -> Work:
+        """Of the share of a pipeline stage; context-parallel ranks have equal parts of the attention."""
+        pairs, last = shape.visible_pairs / parallel.cp, model.num_layers - 1
         flops, kept = Flops(), 0.0
         for index in share.layers:
-            flops += layer_flops(model, index, sizes.positions, pairs)
+            if index == last and not last_layer_is_whole(model, parallel):
+                logit_pairs = shape.logit_pairs / parallel.cp
+                flops += layer_flops(model, index, sizes.positions, logit_pairs, sizes.logit_rows)
+            else:
+                flops += layer_flops(model, index, sizes.positions, pairs)
             kept += sum(layer(model, parallel, index, sizes).values())
         if share.is_last:
             flops += logit_flops(model, sizes.logit_rows)
         flops = (1 / parallel.tp) * flops
-        return cls(flops, flops.attention * tile_pairs / pairs if pairs else 0.0, kept)
+        return cls(flops, flops.attention * shape.tile_pairs / shape.visible_pairs, kept)
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,10 @@ def sent_by_rank(
 ) -> dict[str, float]:
     """Bytes by axis that a rank of the stage sends in a step when tokens choose all experts alike."""
     moe_layers = sum(model.is_moe_layer(index) for index in share.layers)
-    routes = sizes.tokens * model.moe.top_k * moe_layers * num_micro_batches
+    tokens = sizes.tokens * moe_layers
+    if share.is_last and moe_layers and not last_layer_is_whole(model, parallel):
+        tokens += sizes.last_tokens - sizes.tokens
+    routes = tokens * model.moe.top_k * num_micro_batches
     rank = communication.Rank(
         layers=len(share.layers),
         moe_layers=moe_layers,

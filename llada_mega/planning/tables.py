@@ -155,7 +155,9 @@ def _verdict(plan: Plan) -> Text:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim", pad_edge=False
+    )
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=not index)
     return table

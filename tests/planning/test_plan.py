@@ -1,0 +1,150 @@
+"""llada-mega plan: what it prints and writes, what it refuses, and that its parts add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llada_mega.cli import main
+from llada_mega.config.compose import compose
+from llada_mega.config.count import total_parameters
+from llada_mega.config.run import ParallelConfig
+from llada_mega.planning.hardware import DEVICES, choose_device
+from llada_mega.planning.memory import Copies
+from llada_mega.planning.options import Assumptions, HardwareOptions, PlanOptions
+from llada_mega.planning.plan import Planner, make_plan, prepare
+from llada_mega.planning.search import candidates, search_layouts
+from llada_mega.planning.step_time import rate
+
+SMALL = ("model=tiny_ling", "trainer.global_batch_size=16", "trainer.dtype=bfloat16", "data.sequence_length=256")
+
+
+def options(*overrides: str) -> PlanOptions:
+    composed = compose(PlanOptions, overrides)
+    prepare(composed)
+    return composed
+
+
+def test_the_largest_experiment_is_planned_within_4_gib(tmp_path: Path) -> None:
+    """The largest child of this process so far is not larger than what is allowed, whoever it was."""
+    output = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "llada_mega", "plan", "experiment=cpt_100b", "gpus=256", f"output={output}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
+    plan = json.loads(output.read_text())
+    assert plan["fits"] and plan["gpus"] == 256 and plan["data_parallel"] == 16
+    assert [stage["name"] for stage in plan["stages"]][:2] == ["warmup_1", "warmup_4"]
+    for word in ("102.89 B parameters", "experts", "stable", "assume.expert_load", "Fits", "tp sends, GiB"):
+        assert word in done.stdout
+    for stage in plan["stages"]:
+        assert sum(stage["seconds"].values()) == pytest.approx(stage["step_seconds"])
+        assert stage["steps"] * 2048 * 4096 == stage["tokens"]
+    assert sum(stage["days"] for stage in plan["stages"]) * 256 * 24 == pytest.approx(plan["gpu_hours"])
+    for rank in plan["ranks"]:
+        assert sum(rank["memory_gib"].values()) == pytest.approx(rank["total_gib"])
+
+
+def test_without_a_number_the_fewest_devices_are_taken() -> None:
+    run = options("experiment=cpt_100b")
+    plan = make_plan(run)
+    assert plan.fits
+    fewer = dataclasses.replace(run, gpus=plan.gpus // 2)
+    assert not make_plan(fewer).fits
+
+
+def test_stages_without_clean_half_cost_half() -> None:
+    stages = {stage.name: stage for stage in make_plan(options("experiment=cpt_16b", "gpus=64")).stages}
+    assert stages["warmup_1"].positions == 2 * stages["stable"].positions == 8192
+    assert stages["warmup_1"].seconds["experts"] > 1.9 * stages["stable"].seconds["experts"]
+    assert stages["warmup_1"].sent_gib["dp"] == stages["stable"].sent_gib["dp"]
+
+
+def test_documents_make_attention_cheaper() -> None:
+    whole = make_plan(options("experiment=cpt_16b", "gpus=64")).stages[5]
+    short = make_plan(options("experiment=cpt_16b", "gpus=64", "assume.document_length=512")).stages[5]
+    assert short.seconds["attention"] == pytest.approx(whole.seconds["attention"] / 8, rel=0.01)
+    assert short.seconds["linear"] == pytest.approx(whole.seconds["linear"])
+
+
+def test_recomputation_trades_memory_for_time() -> None:
+    plain = make_plan(options("experiment=cpt_16b", "gpus=64", "parallel.recompute=none"))
+    full = make_plan(options("experiment=cpt_16b", "gpus=64", "parallel.recompute=full"))
+    assert full.peak_gib < 0.7 * plain.peak_gib and full.days > 1.1 * plain.days
+
+
+def test_hardware_and_assumptions_count() -> None:
+    base = make_plan(options("experiment=cpt_16b", "gpus=64")).stages[0]
+    twice = make_plan(options("experiment=cpt_16b", "gpus=64", "hardware.peak_tflops=1978")).stages[0]
+    better = make_plan(options("experiment=cpt_16b", "gpus=64", "assume.expert_efficiency=0.8")).stages[0]
+    assert twice.seconds["linear"] == pytest.approx(base.seconds["linear"] / 2)
+    assert better.seconds["experts"] == pytest.approx(base.seconds["experts"] / 2)
+    for name in DEVICES:
+        device = choose_device(HardwareOptions(name), "bfloat16")
+        assert device.peak_tflops["bfloat16"] > device.peak_tflops["float32"]
+
+
+def test_links_depend_on_how_far_an_axis_reaches() -> None:
+    device, assume = DEVICES["h100"], Assumptions(link_efficiency=1.0)
+    parallel = ParallelConfig(tp=4, sp=True, cp=2, ep=16)
+    copies = Copies.of(parallel, 64)
+    rates = {axis: rate(axis, parallel, copies, device, assume) / 1e9 for axis in ("tp", "cp", "ep", "dp")}
+    assert (rates["tp"], rates["cp"], rates["dp"]) == (450, 450, 50)
+    # Of 15 other ranks 7 are in the node.
+    assert rates["ep"] == pytest.approx(1 / (8 / 15 / 50 + 7 / 15 / 450))
+
+
+def test_a_search_lists_the_fastest_layouts_that_fit() -> None:
+    run = options(*SMALL, "search=true", "gpus=8", "top=5")
+    found = search_layouts(run)
+    planner = Planner(run)
+    plans = [planner.plan(parallel, micro, 8) for parallel, micro in candidates(run, 8)]
+    days = sorted(plan.days for plan in plans if plan.fits)
+    assert [plan.days for plan in found.best] == pytest.approx(days[:5])
+    assert found.fitting == len(days) and found.too_large == len(plans) - len(days)
+    assert all(plan.fits for plan in found.best)
+
+
+def test_a_search_leaves_out_what_does_not_fit() -> None:
+    run = options("experiment=cpt_16b", "search=true", "gpus=8", "hardware.memory_gib=60")
+    found = search_layouts(run)
+    assert found.too_large > 0
+    assert all(plan.peak_gib <= 60 - run.assume.reserved_gib for plan in found.best)
+
+
+def test_a_model_of_any_size_is_planned_without_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "model=tiny", "gpus=2"]) == 0
+    assert "Fits" in capsys.readouterr().out
+
+
+def test_the_parameters_of_all_ranks_are_the_model(tmp_path: Path) -> None:
+    plan = make_plan(options("experiment=cpt_100b", "gpus=256"))
+    model = compose(PlanOptions, ["experiment=cpt_100b"]).model
+    assert plan.model["parameters"] == total_parameters(model)
+    held = sum(rank.parameters for rank in plan.ranks)
+    # Four tensor-parallel ranks share the dense part, eight ranks the experts.
+    assert held * 4 < total_parameters(model) < held * 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hardware.device=h1000"], "hardware.device=h1000"),
+        (["hardware.memory_gib=-1"], "hardware.memory_gib=-1"),
+        (["search=true"], "gpus=512"),
+        (["experiment=cpt_100b", "gpus=24"], "24"),
+        (["experiment=cpt_100b", "parallel.tp=3"], "parallel.tp=3"),
+        (["assume.nonsense=1"], "nonsense"),
+    ],
+)
+def test_bad_input_ends_in_one_line(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error:") and error.count("\n") == 1
