@@ -11,7 +11,7 @@ _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?![a-z]+:|#)([^)\s]+)
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Links that leave ``docs/`` become plain text: the site holds no sources. tests/test_docs.py checks these links."""
+    """Links that leave ``docs/`` become plain text: the site holds no sources (tests/test_docs.py checks them)."""
     directory = posixpath.dirname(page.file.src_uri)
 
     def replace(link: re.Match[str]) -> str:
