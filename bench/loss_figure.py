@@ -16,6 +16,7 @@ from llada_mega.reporting.readme_figure import STYLE
 
 EQUAL = 1e-9  # where equal numbers are drawn, whose distance has no logarithm
 KEPT = "#f0b429"
+COLOURS = dict(zip(METRICS, (SERIES_LIGHT[0], INK, "#ce4a52"), strict=True))
 
 
 def write_figure(drawn: dict[str, tuple[Curves, Curves]], tolerance: float, output: Path) -> None:
@@ -46,7 +47,7 @@ def _draw_losses(axis: Axes, name: str, curves: Curves, golden: Curves) -> None:
 def _draw_differences(axis: Axes, curves: Curves, golden: Curves, tolerance: float) -> None:
     axis.set_title("relative difference (dashed: tolerance)", loc="left")
     axis.set_yscale("log")
-    for metric, colour in zip(METRICS, SERIES_LIGHT, strict=False):
+    for metric, colour in COLOURS.items():
         ours, kept = (np.asarray(series[metric]) for series in (curves, golden))
         steps = min(len(ours), len(kept))
         difference = np.abs(ours[:steps] - kept[:steps]) / np.abs(kept[:steps])
