@@ -25,8 +25,9 @@ import numpy as np
 from bench.loss_runs import METRICS, RUNS, Curves, LossRun, train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
-# Relative, for every value of every step. Forty times what another instruction set, thread count or Megatron-Core makes
-# of it, a fortieth of what the smallest change makes of it that a test tries: docs/benchmarks.md has the table.
+# Relative, for every value of every step. Other instruction sets, thread counts and versions of PyTorch and Megatron-Core
+# make at most a fortieth of it; of the small changes that were tried, the least makes nine times as much of the loss:
+# docs/benchmarks.md has the table.
 TOLERANCE = 1e-5
 
 

@@ -28,9 +28,7 @@ def test_the_curves_are_those_that_are_kept(run: loss_compare.LossRun, tmp_path:
     assert all(d.first_outside is None for d in found), loss_compare.table({run.name: found})
 
 
-@pytest.mark.parametrize(
-    "change", ["optimizer.beta2=0.951", "optimizer.weight_decay=0.11", "model.norm_eps=2e-5", "seed=1235"]
-)
+@pytest.mark.parametrize("change", ["optimizer.beta2=0.951", "optimizer.weight_decay=0.11"])
 def test_a_small_change_is_seen(change: str, tmp_path: Path) -> None:
     assert outside(train(DENSE, tmp_path, (change,)), read_golden(golden_path(DENSE))["curves"])
 
