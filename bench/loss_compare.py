@@ -25,9 +25,9 @@ import numpy as np
 from bench.loss_runs import METRICS, RUNS, Curves, LossRun, train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
-# Relative, for every value of every step. Other instruction sets, thread counts and versions of PyTorch and Megatron-Core
-# make at most a fortieth of it; of the small changes that were tried, the least makes nine times as much of the loss:
-# docs/benchmarks.md has the table.
+# Relative, for every value of every step. Other instruction sets, thread counts and versions of PyTorch and
+# Megatron-Core make at most a fortieth of it; of the small changes that were tried, the least makes nine times as much
+# of the loss: docs/benchmarks.md has the table.
 TOLERANCE = 1e-5
 
 
