@@ -71,7 +71,7 @@ PARTS: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | float]:
     """What the numbers come from."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

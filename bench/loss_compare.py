@@ -26,8 +26,8 @@ from bench.loss_runs import METRICS, RUNS, Curves, LossRun, train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 # Relative, for every value of every step. Other instruction sets, thread counts and versions of PyTorch and
-# Megatron-Core make at most a fortieth of it; of the small changes that were tried, the least makes nine times as much
-# of the loss: docs/benchmarks.md has the table.
+# Megatron-Core make at most a fortieth of it. What it catches, and a change that the dense run alone would miss, is in
+# docs/benchmarks.md.
 TOLERANCE = 1e-5
 
 
@@ -85,7 +85,7 @@ def relative_differences(curve: list[float], golden: list[float]) -> np.ndarray:
 
 def updated(golden: dict[str, Any] | None, run: LossRun, curves: Curves, reason: str) -> dict[str, Any]:
     """The file's new content: header of this machine, one more reason, the new curves."""
-    entry = {"date": time.strftime("%Y-%m-%d"), "reason": reason, "sha256": digest(curves)}
+    entry: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "reason": reason, "sha256": digest(curves)}
     if golden is not None:
         entry["largest_change"] = {d.metric: d.largest for d in differences(curves, golden["curves"])}
     return {
