@@ -72,6 +72,8 @@ $(TE)/.installed: $(INPUTS) tests/te/environment.sh
 te-check: $(TE)/.installed
 	@bash tests/te/run.sh $(TE) -m tests.te.check $(ARGS)
 	MEGATRON=0.16 bash tests/te/run.sh $(TE) -m tests.te.check $(ARGS)
+	bash tests/te/run.sh $(TE) -m tests.te.features
+	MEGATRON=0.16 bash tests/te/run.sh $(TE) -m tests.te.features
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/llada-mega quickstart $(if $(filter moe,$(QUICKSTART)),experiment=quickstart_moe) $(ARGS)

@@ -91,7 +91,9 @@ class Waits(TorchDispatchMode):
     def note(self, kind: str) -> None:
         """One more at the innermost function that is not PyTorch's."""
         frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
-        frame = next((frame for frame in reversed(frames) if frame.filename != __file__), frames[-1])
+        frame = next(
+            (frame for frame in reversed(frames) if frame.filename not in (__file__, fake_cuda.__file__)), frames[-1]
+        )
         file = frame.filename.rpartition("/site-packages/")[2].rpartition("/llada_mega/")
         self.found[f"{kind} at {file[1].lstrip('/')}{file[2]}:{frame.name}"] += 1
 

@@ -65,7 +65,7 @@ class CudaIsMeta(TorchFunctionMode):
 
 def _device(value: Any) -> Any:
     names_cuda = isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
-    return torch.device("meta") if names_cuda else value
+    return type(value)("meta") if names_cuda else value
 
 
 @contextlib.contextmanager
