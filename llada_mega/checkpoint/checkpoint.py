@@ -65,8 +65,17 @@ def is_complete(directory: Path) -> bool:
     return True
 
 
-def verify(directory: Path) -> list[str]:
-    """All that is wrong with a checkpoint, one line each; empty when it is complete and every checksum agrees."""
+def has_intact_state(directory: Path) -> bool:
+    """True when ``state.json`` of a complete checkpoint is what was written; the one file that is read before all."""
+    marker = read_json(directory / MARKER)
+    return storage.sha256(directory / STATE_FILE) == marker["files"].get(STATE_FILE)
+
+
+def verify(directory: Path, reader: int = 0, readers: int = 1) -> list[str]:
+    """All that is wrong with a checkpoint, one line each; empty when it is complete and every checksum agrees.
+
+    Several ``readers`` may share the tensor files; each finds what is wrong with its own and with the small files.
+    """
     try:
         marker = read_json(directory / MARKER)
     except CheckpointError as error:
@@ -85,7 +94,7 @@ def verify(directory: Path) -> list[str]:
             problems.append(f"{name} has another checksum than when it was written")
     if problems:
         return problems
-    for path in _indexes(directory, marker):
+    for path in _indexes(directory, marker)[reader::readers]:
         data, entry = path.with_suffix(".safetensors"), read_json(path)
         if not data.is_file():
             problems.append(f"{data.relative_to(directory)} is missing")

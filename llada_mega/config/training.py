@@ -92,11 +92,12 @@ class OptimizerConfig:
 class StabilityConfig:
     """What to do when a step is not finite, or its loss jumps above ``spike_factor`` x the running median."""
 
-    nonfinite: str = "stop"  # stop | skip | warn
-    spike: str = "warn"  # stop | skip | warn
+    nonfinite: str = "stop"  # stop | skip | rollback (to the newest checkpoint, past the data since then) | warn
+    spike: str = "warn"  # stop | skip | rollback | warn
     spike_factor: float = 3.0
     spike_window: int = 50  # steps in the running median; no spike is called before it is half full
     max_skipped: int = 10  # consecutive skipped steps before the run stops
+    max_rollbacks: int = 3  # rollbacks without spike_window good steps between before the run stops
 
 
 @dataclass
@@ -120,10 +121,12 @@ class TrainerConfig:
     global_batch_size: int = 8  # samples
     micro_batch_size: int = 1  # samples
     dtype: str = "float32"  # float32 | bfloat16
-    log_every: int = 1
     fp8: Optional[str] = None  # matrix products of the layers: delayed | tensorwise | blockwise | mxfp8; null: dtype
+    log_every: int = 1
     consistency_every: int = 100  # steps between checks that ranks which share samples hold the same; 0: never
     deterministic: bool = False
+    hang_minutes: float = 15.0  # without progress until all ranks leave their stacks and the run ends; 0: never
+    dry_run: Optional[bool] = None  # the largest batch once through the model before training; null: on GPUs
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 

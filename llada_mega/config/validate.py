@@ -314,14 +314,26 @@ def _check_trainer(config: Config, world_size: int | None) -> None:
     at_least(0, trainer__consistency_every=trainer.consistency_every)
     limit = trainer.exit_after
     require(limit is None or limit > 0, f"trainer.exit_after={limit} must be positive minutes; use null for no limit")
+    hang, timeout = trainer.hang_minutes, config.parallel.timeout_minutes
+    require(
+        0 <= hang < timeout,
+        f"trainer.hang_minutes={hang} is not below parallel.timeout_minutes={timeout}, after which collectives fail "
+        "without a word on who is late; use 0 for no watchdog",
+    )
     check_batches(trainer, config.parallel, world_size)
     stability = trainer.stability
     for key in ("nonfinite", "spike"):
-        one_of(f"trainer.stability.{key}", getattr(stability, key), ("stop", "skip", "warn"))
+        policy = getattr(stability, key)
+        one_of(f"trainer.stability.{key}", policy, ("stop", "skip", "rollback", "warn"))
+        require(
+            policy != "rollback" or config.checkpoint.every > 0,
+            f"trainer.stability.{key}=rollback needs checkpoints to go back to; set checkpoint.every",
+        )
     factor = stability.spike_factor
     require(factor > 1, f"trainer.stability.spike_factor={factor} would call every step a spike; use more than 1")
     at_least(2, trainer__stability__spike_window=stability.spike_window)
     at_least(0, trainer__stability__max_skipped=stability.max_skipped)
+    at_least(1, trainer__stability__max_rollbacks=stability.max_rollbacks)
 
 
 def _check_validation(config: Config, world_size: int | None) -> None:

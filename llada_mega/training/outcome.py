@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llada_mega.checkpoint.directory import write_json
+from llada_mega.errors import TrainingError
+from llada_mega.ranks import record_failure
 from llada_mega.training.state import TrainState
 
+logger = logging.getLogger("llada_mega")
 EXIT_FILE = "exit.json"
 
 
@@ -28,25 +32,40 @@ def recorded(outcome: Outcome, run_dir: Path) -> Iterator[None]:
 
     The file of an earlier process goes first: one that is killed leaves none.
     """
-    path = run_dir / EXIT_FILE
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    if is_first:
-        path.unlink(missing_ok=True)
-    status, reason = "failed", ""
+    if _is_first_rank():
+        (run_dir / EXIT_FILE).unlink(missing_ok=True)
     try:
         yield
-        status, reason = ("stopped", outcome.stop_reason) if outcome.stop_reason else ("finished", "the last step")
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        record_failed(outcome, run_dir, f"{type(error).__name__}: {error}".splitlines()[0])
         raise
-    finally:
-        if is_first and run_dir.is_dir():
-            state = outcome.state
-            content = {
-                "status": status,
-                "step": state.step,
-                "consumed_samples": state.consumed_samples,
-                "reason": reason,
-            }
-            with contextlib.suppress(OSError):  # a full disk: what ended the run matters more
-                write_json(path, content)
+    if outcome.stop_reason:
+        _write(outcome, run_dir, "stopped", outcome.stop_reason)
+    else:
+        _write(outcome, run_dir, "finished", "the last step")
+
+
+def record_failed(outcome: Outcome, run_dir: Path, reason: str) -> None:
+    """Write ``RUN/exit.json`` of a run that failed, on the first rank."""
+    if run_dir.is_dir():
+        with contextlib.suppress(OSError):  # a full disk: what ended the run matters more
+            _write(outcome, run_dir, "failed", reason)
+
+
+def end_process(outcome: Outcome, run_dir: Path, message: str) -> None:
+    """Leave ``message`` in all places where one looks for it, and go. For a thread, while the main thread cannot."""
+    logger.error(message)
+    record_failure(TrainingError(message))
+    record_failed(outcome, run_dir, f"TrainingError: {message}")
+    logging.shutdown()
+    os._exit(1)
+
+
+def _write(outcome: Outcome, run_dir: Path, status: str, reason: str) -> None:
+    if _is_first_rank():
+        position = {"step": outcome.state.step, "consumed_samples": outcome.state.consumed_samples}
+        write_json(run_dir / EXIT_FILE, {"status": status, **position, "reason": reason})
+
+
+def _is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llada_mega import __version__
 from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.checkpoint import (
+    STEP_PREFIX,
+    has_intact_state,
     list_checkpoints,
     load_model_state,
     model_state,
     read_state,
     resolve_checkpoint,
     step_name,
+    verify,
 )
 from llada_mega.checkpoint.optimizer_state import set_adam_step, sharded_adam_state
 from llada_mega.config.schema import Config
 from llada_mega.diffusion.curriculum import Curriculum
 from llada_mega.errors import CheckpointError
+from llada_mega.parallel import ParallelGroups
 from llada_mega.training.callback import Callback
 from llada_mega.training.state import TrainState
 from llada_mega.training.step import TrainStep
@@ -77,18 +82,73 @@ def run_contract(config: Config, corpora: dict[str, dict[str, Any]]) -> dict[str
 def find_resume_point(config: Config, run_dir: Path) -> Path | None:
     """The checkpoint that ``checkpoint.resume`` means, or None for a fresh start.
 
-    ``auto`` takes the newest complete checkpoint of the run directory, so a damaged one falls back to the one before.
+    ``auto`` takes the newest of the run directory. Of tensors only the lengths are looked at: see
+    :func:`newest_intact`.
 
     Raises:
-        CheckpointError: an explicit path is not a complete checkpoint.
+        CheckpointError: an explicit path is not a complete checkpoint, or the run has checkpoints and none is.
     """
     choice = config.checkpoint.resume
     if choice == "never":
         return None
     if choice != "auto":
         return resolve_checkpoint(Path(choice))
-    complete = list_checkpoints(run_dir / "checkpoints")
-    return complete[-1] if complete else None
+    root = run_dir / "checkpoints"
+    usable = [path for path in list_checkpoints(root) if has_intact_state(path)]
+    if not usable and any(root.glob(f"{STEP_PREFIX}*")):
+        raise _all_damaged(root)
+    return usable[-1] if usable else None
+
+
+def intact_resume_point(config: Config, found: Path, groups: ParallelGroups) -> tuple[Path, list[str]]:
+    """What to resume from in place of what was ``found``, after reading all of it, and what to tell the user.
+
+    Raises:
+        CheckpointError: the checkpoint that ``checkpoint.resume`` names is damaged, or all of the run's are.
+    """
+    if config.checkpoint.resume == "auto":
+        return newest_intact(found.parent, groups)
+    problems = damage(found, groups)
+    if problems:
+        raise CheckpointError(f"checkpoint.resume={found} is damaged: {problems[0]}; use another one or auto")
+    return found, []
+
+
+def newest_intact(root: Path, groups: ParallelGroups) -> tuple[Path, list[str]]:
+    """The newest checkpoint under ``root`` of which every byte is as it was written. A collective.
+
+    Returns:
+        the checkpoint, and a line about each newer one that was passed over.
+    Raises:
+        CheckpointError: all are damaged.
+    """
+    passed_over: list[str] = []
+    for path in reversed(_from_first_rank(sorted(root.glob(f"{STEP_PREFIX}*")))):
+        problems = damage(path, groups)
+        if not problems:
+            return path, passed_over
+        passed_over.append(f"{path} is damaged ({problems[0]}); taking the checkpoint before it")
+    raise _all_damaged(root)
+
+
+def damage(checkpoint: Path, groups: ParallelGroups) -> list[str]:
+    """All that is wrong with a checkpoint, on every rank; the ranks share the reading. A collective."""
+    found: list[list[str] | None] = [None] * groups.world_size
+    dist.all_gather_object(found, verify(checkpoint, groups.rank, groups.world_size))
+    return sorted({problem for problems in found for problem in problems or []})
+
+
+def _from_first_rank(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _all_damaged(root: Path) -> CheckpointError:
+    return CheckpointError(
+        f"every checkpoint in {root} is damaged; `llada-mega checkpoint verify` names the files; "
+        "checkpoint.resume=never starts over and keeps them in superseded/"
+    )
 
 
 def check_contract(contract: dict[str, Any], curriculum: Curriculum, checkpoint: Path) -> dict[str, Any]:
@@ -128,9 +188,10 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
 def set_aside_newer(root: Path, step: int) -> list[Path]:
     """Move checkpoints beyond ``step`` to ``superseded``: this run goes another way from here.
 
-    Left in place, an older run's later checkpoint would count as the newest one. Nothing is removed.
+    Left in place, an older run's later checkpoint would count as the newest one. Nothing is removed, damaged ones
+    neither.
     """
-    newer = [path for path in list_checkpoints(root) if path.name > step_name(step)]
+    newer = [path for path in sorted(root.glob(f"{STEP_PREFIX}*")) if path.name > step_name(step)]
     for path in newer:
         target = root / "superseded" / path.name
         while target.exists():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +33,28 @@ from llada_mega.ranks import StopSignals
 from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.checkpointing import CheckpointCallback
 from llada_mega.training.callbacks.consistency import ConsistencyCallback
+from llada_mega.training.callbacks.heartbeat import HeartbeatCallback, is_monitored
 from llada_mega.training.callbacks.merging import MergeCallback
-from llada_mega.training.callbacks.metrics import MetricsCallback
+from llada_mega.training.callbacks.metrics import MetricsCallback, memory_gib
 from llada_mega.training.callbacks.profiling import ProfileCallback
 from llada_mega.training.callbacks.progress import ProgressCallback
 from llada_mega.training.callbacks.sinks import JsonlSink, TensorBoardSink, WandbSink
 from llada_mega.training.callbacks.stability import StabilityCallback
 from llada_mega.training.callbacks.stopping import StopCallback
+from llada_mega.training.callbacks.stragglers import StragglerCallback
 from llada_mega.training.callbacks.validation import ValidationCallback
+from llada_mega.training.callbacks.watchdog import Watchdog
 from llada_mega.training.data import TrainingData
+from llada_mega.training.dry_run import dry_run
+from llada_mega.training.lock import only_run_in
 from llada_mega.training.optimizer import build_optimizer, wrap_data_parallel
-from llada_mega.training.outcome import Outcome, recorded
+from llada_mega.training.outcome import Outcome, end_process, recorded
 from llada_mega.training.redaction import redact
 from llada_mega.training.resume import (
     check_contract,
     find_resume_point,
     first_difference,
+    intact_resume_point,
     restore,
     run_contract,
     set_aside_newer,
@@ -75,7 +83,7 @@ def run_training(config: Config, console: Console | None = None, signals: StopSi
     console = console or Console(highlight=False, soft_wrap=True)
     run_dir = Path(config.run.dir)
     outcome = Outcome()
-    with recorded(outcome, run_dir):
+    with only_run_in(run_dir), recorded(outcome, run_dir):
         # All that can be refused is checked before processes and weights cost time.
         dtype = getattr(torch, config.trainer.dtype)
         software = choose_software(config.model, config.parallel, dtype)
@@ -90,14 +98,19 @@ def run_training(config: Config, console: Console | None = None, signals: StopSi
 
         groups = initialize(config.parallel, seed=config.seed)
         try:
+            passed_over: list[str] = []
+            if resume_from is not None:
+                newest, (resume_from, passed_over) = resume_from, intact_resume_point(config, resume_from, groups)
+                if resume_from != newest:
+                    saved = check_contract(contract, curriculum, resume_from)
             writes_files = groups.rank == 0
             if writes_files:
                 write_config(config, run_dir, software)
                 _log_to_console(console)
             random_weights = resume_from is None and init_from is None
             step = build_step(config, groups, init_from, software, random_weights=random_weights)
-            callbacks = build_callbacks(config, run_dir, data, console, groups.rank)
-            callbacks.append(StopCallback(run_dir, config.trainer.exit_after, signals, began))
+            guards = build_guards(config, run_dir, groups, outcome, signals, began)
+            callbacks = build_callbacks(config, run_dir, data, console, groups.rank, guards)
             if resume_from is not None and saved is not None:
                 state = restore(step, resume_from, saved, callbacks)
                 logger.info(f"resumed from {resume_from} at step {state.step}")
@@ -117,6 +130,11 @@ def run_training(config: Config, console: Console | None = None, signals: StopSi
                 callbacks=callbacks,
                 writes_files=writes_files,
             )
+            for line in passed_over:
+                trainer.warn(line)
+            if config.trainer.dry_run or (config.trainer.dry_run is None and groups.device.type == "cuda"):
+                stage = dry_run(step, config, curriculum, data.options)
+                logger.info(f"dry run of stage {stage.name}: {memory_gib():.1f} GiB at the peak")
             outcome.state = state  # of the trainer's, kept up to date
             trainer.fit()
             outcome.stop_reason = None if trainer.is_finished else trainer.stop_reason
@@ -183,6 +201,7 @@ def build_step(
     fused = software.gradient_accumulation_fusion
     parallel = dataclasses.replace(config.parallel, gradient_accumulation_fusion=fused)
     stages = [None] if parallel.vp is None else range(parallel.vp)
+    fp8 = config.trainer.fp8
     models = [
         build_model(config.model, parallel=parallel, dtype=dtype, fp8=fp8, seed=seed, groups=groups, vp_stage=stage)
         for stage in stages
@@ -196,9 +215,26 @@ def build_step(
     return TrainStep(chunks, optimizer, groups, seed=config.seed, device=groups.device)
 
 
-    fp8 = config.trainer.fp8
-def build_callbacks(config: Config, run_dir: Path, data: TrainingData, console: Console, rank: int) -> list[Callback]:
-    """Features in the order of their hooks: validation comes before the checkpoint that stores its result."""
+def build_guards(
+    config: Config, run_dir: Path, groups: ParallelGroups, outcome: Outcome, signals: StopSignals | None, began: float
+) -> list[Callback]:
+    """What ends a run before its last step: a request to stop, a standstill."""
+    guards: list[Callback] = [StopCallback(run_dir, config.trainer.exit_after, signals, began)]
+    if config.trainer.hang_minutes:
+        end = partial(end_process, outcome, run_dir)
+        guards.append(Watchdog(run_dir, groups.rank, groups.world_size, 60 * config.trainer.hang_minutes, end))
+    if is_monitored():
+        guards.append(HeartbeatCallback())
+    return guards
+
+
+def build_callbacks(
+    config: Config, run_dir: Path, data: TrainingData, console: Console, rank: int, guards: Sequence[Callback] = ()
+) -> list[Callback]:
+    """Features in the order of their hooks.
+
+    Validation comes before the checkpoint that stores its result, merging after the guards: it may take its time.
+    """
     writes_files = rank == 0
     metrics = MetricsCallback(config.logging.peak_tflops)
     callbacks: list[Callback] = [metrics, StabilityCallback(config.trainer.stability)]
@@ -209,9 +245,10 @@ def build_callbacks(config: Config, run_dir: Path, data: TrainingData, console: 
     if config.trainer.validation.every:
         callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples, config.seed))
     callbacks.append(CheckpointCallback(run_dir, config.checkpoint, tokenizer_source(config)))
+    callbacks.extend(guards)
     if config.checkpoint.merge_at_end:
         callbacks.append(MergeCallback(run_dir, config.checkpoint))
-    callbacks.append(JsonlSink(run_dir))
+    callbacks += [StragglerCallback(), JsonlSink(run_dir)]
     if writes_files and config.logging.progress:
         callbacks.append(ProgressCallback(console))
     if writes_files and config.logging.tensorboard:

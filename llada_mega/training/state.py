@@ -18,6 +18,15 @@ class TrainState:
     consumed_samples: int = 0
     consumed_tokens: int = 0  # real data tokens, padding excluded
     embedding_rms: float = 0.0  # of the embedding table when training began: the default noise std
+    skipped_samples: list[list[int]] = field(
+        default_factory=list
+    )  # ranges [first, end) that no weight has learned from
+
+    def skip(self, first: int) -> None:
+        """Note that the weights know nothing of the samples from ``first`` to here, in order and without overlap."""
+        while self.skipped_samples and self.skipped_samples[-1][1] >= first:
+            first = min(first, self.skipped_samples.pop()[0])
+        self.skipped_samples.append([first, self.consumed_samples])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``state.json``."""

@@ -47,6 +47,7 @@ class Trainer:
         self.contract = contract
         total_steps = curriculum.total_samples // config.trainer.global_batch_size
         self.stop_reason: str | None = None
+        self.checkpoint_is_due = False  # set by a callback that wants one now, besides those of checkpoint.every
         self.last_step = min(total_steps, config.trainer.max_steps or total_steps)
 
     @property

@@ -51,6 +51,43 @@ def test_a_damaged_newest_checkpoint_falls_back(train: Train, tmp_path: Path) ->
     assert sorted(rows) == list(range(1, 11))
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["tensors/part_00000.safetensors", "state.json", "COMPLETE"])
+def test_a_changed_byte_falls_back_and_is_told_in_one_line(train: Train, tmp_path: Path, file: str) -> None:
+    """Of the right length, so that only reading it finds the damage."""
+    whole = train("whole")
+    train("run", "checkpoint.every=2", "checkpoint.keep_last=3", "trainer.max_steps=6")
+    root = tmp_path / "run" / "checkpoints"
+    flip_a_bit(root / "step_00000006" / file)
+    assert train("run") == whole
+    warning = read_rows(tmp_path / "run", "warning")[4]["warning"]
+    assert "step_00000006 is damaged" in warning and file in warning and "\n" not in warning
+    assert [path.name for path in sorted((root / "superseded").iterdir())] == ["step_00000006"]
+    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
+
+
+def test_all_damaged_is_refused_and_never_begins_anew(train: Train, tmp_path: Path) -> None:
+    train("run", "checkpoint.every=2", "checkpoint.keep_last=3", "trainer.max_steps=4")
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    for path in checkpoints:
+        flip_a_bit(path / "tensors" / "part_00000.safetensors")
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged; .*resume=never"):
+        train("run")
+    with pytest.raises(CheckpointError, match="checkpoint.resume=.*step_00000002 is damaged"):
+        train("run", f"checkpoint.resume={checkpoints[0]}")
+    for path in checkpoints:
+        (path / "COMPLETE").unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+        train("run")
+    assert sorted((tmp_path / "run" / "checkpoints").glob("step_*")) == checkpoints
+    assert train("run", "checkpoint.resume=never", "trainer.max_steps=1").step == 1
+
+
 def test_a_finished_run_stays_finished(train: Train, tmp_path: Path) -> None:
     train("run", *VALIDATION)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -51,7 +51,9 @@ class CheckpointCallback(Callback):
 
     def on_step_end(self, trainer: Trainer, measured: StepMeasurement, applied: bool) -> None:
         self._poll(trainer, wait=False)
-        if self.config.every and trainer.state.step % self.config.every == 0:
+        due = self.config.every and trainer.state.step % self.config.every == 0
+        if due or trainer.checkpoint_is_due:
+            trainer.checkpoint_is_due = False
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
