@@ -10,6 +10,8 @@ Legend: L tokens, S = 2L positions, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,33 +39,32 @@ def build(config: ModelConfig, weights: Weights, experts: str = "eager") -> nn.M
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
     moe = config.moe
-    model = Glm4MoeForCausalLM(
-        Glm4MoeConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_query_groups,
-            head_dim=config.head_dim,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": config.rope_theta,
-                "partial_rotary_factor": config.rotary_percent,
-            },
-            rms_norm_eps=config.norm_eps,
-            moe_intermediate_size=moe.expert_ffn_hidden_size,
-            num_experts_per_tok=moe.top_k,
-            n_shared_experts=moe.shared_expert_ffn_hidden_size // moe.expert_ffn_hidden_size,
-            n_routed_experts=moe.num_experts,
-            n_group=moe.num_groups,
-            topk_group=moe.group_top_k,
-            routed_scaling_factor=moe.routed_scaling_factor,
-            first_k_dense_replace=moe.first_dense_layers,
-            use_qk_norm=config.qk_norm,
-            attn_implementation="sdpa",
-        )
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups,
+        "head_dim": config.head_dim,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            "partial_rotary_factor": config.rotary_percent,
+        },
+        "rms_norm_eps": config.norm_eps,
+        "moe_intermediate_size": moe.expert_ffn_hidden_size,
+        "num_experts_per_tok": moe.top_k,
+        "n_shared_experts": moe.shared_expert_ffn_hidden_size // moe.expert_ffn_hidden_size,
+        "n_routed_experts": moe.num_experts,
+        "n_group": moe.num_groups,
+        "topk_group": moe.group_top_k,
+        "routed_scaling_factor": moe.routed_scaling_factor,
+        "first_k_dense_replace": moe.first_dense_layers,
+        "use_qk_norm": config.qk_norm,
+        "attn_implementation": "sdpa",
+    }
+    model = Glm4MoeForCausalLM(Glm4MoeConfig(**fields))
     model.set_experts_implementation(experts)
     model.load_state_dict(renamed(config, weights))
     return model.float().train()

@@ -36,7 +36,7 @@ class LastLayer(TransformerLayer):
         self.tp_group = groups.tp
         self._chosen: mask_carrier.ChosenRows | None = None
         if not self.computes_all_rows:
-            add_to_residual = self.self_attn_bda
+            add_to_residual = self.self_attn_bda  # type: ignore[has-type]
             self.self_attn_bda = lambda training, fused: self._adding_to_chosen(add_to_residual(training, fused))
 
     def forward(

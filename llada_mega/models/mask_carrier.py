@@ -53,7 +53,8 @@ class ChosenRows:
         """``rows_R`` and which are fillers (bool ``[R]``), copied to ``device`` once, without waiting for it."""
         if device not in self._copies:
             filler_R = torch.arange(len(self.rows_R)) >= self.num_rows
-            self._copies[device] = tuple(x.to(device, non_blocking=True) for x in (self.rows_R, filler_R))
+            on_device = self.rows_R.to(device, non_blocking=True), filler_R.to(device, non_blocking=True)
+            self._copies[device] = on_device
         return self._copies[device]
 
 
