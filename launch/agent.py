@@ -6,24 +6,30 @@ the first failure.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from llada_mega.ranks import STOPPED_STATUS
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0, ``STOPPED_STATUS`` when every rank of this node that ended otherwise ended with it, or 1."""
+    """0; ``STOPPED_STATUS`` when this node's ranks were asked to stop; 1 when one failed; 128 + a signal that came."""
     try:
         run.run(run.parse_args(list(arguments)))
     except ChildFailedError as error:
-        if {failure.exitcode for failure in error.failures.values()} == {STOPPED_STATUS}:
+        statuses = {failure.exitcode for failure in error.failures.values()}
+        # torchrun ends the ranks that are still there when the first one has ended, which may come a moment later.
+        if statuses - {-signal.SIGTERM} == {STOPPED_STATUS}:
             return STOPPED_STATUS
         print(error, file=sys.stderr)
         return 1
+    except SignalException as error:  # it has stopped the ranks
+        return 128 + int(error.sigval)
     return 0
 
 

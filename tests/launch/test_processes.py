@@ -72,3 +72,24 @@ def test_a_rank_that_was_still_starting_hears_it_later() -> None:
         time.sleep(0.5)
         os.killpg(launcher.pid, signal.SIGUSR1)
         assert [line.strip() for line in launcher.stdout][-2:] == ["heard SIGUSR1", "1 SIGUSR1"]
+
+
+@pytest.mark.parametrize(("statuses", "expected"), [("85 85", 85), ("85 1", 1)])
+def test_status_85_comes_through_torchrun(statuses: str, expected: int) -> None:
+    """The first rank ends last: torchrun terminates it, and the other's status counts."""
+    rank = f"set -- {statuses}; shift $RANK; [ $RANK = 1 ] || sleep 0.5; exit $1"
+    command = [
+        sys.executable,
+        "-m",
+        "launch.agent",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+        "sh",
+        "-c",
+        rank,
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == expected, ended.stderr
+    assert ("Root Cause" in ended.stderr) == (expected == 1)
+    assert "launch_agent" not in ended.stderr  # no traceback of torchrun's own
