@@ -18,6 +18,7 @@ from llada_mega.config.fp8 import RECIPES, check_fp8
 from llada_mega.config.layout import check_layout
 from llada_mega.config.run import ParallelConfig
 from llada_mega.config.schema import Config
+from llada_mega.config.training import OptimizerConfig
 from llada_mega.config.validate import validate
 from llada_mega.data.context import length_multiple, logit_row_multiple
 from llada_mega.errors import ConfigError
@@ -26,6 +27,7 @@ from llada_mega.models.config import build_transformer_config
 from llada_mega.parallel import capabilities, gpu_features
 from llada_mega.parallel.capabilities import DEEP_EP, Choice
 from llada_mega.parallel.gpu_features import check_gpu_features
+from llada_mega.training.optimizer import build_optimizer, wrap_data_parallel
 from tests.models.helpers import bdlm_inputs, dense_config, moe_config
 
 MINI = ["experiment=cpt_16b", "data.train=[{path: corpus}]", "trainer.dtype=bfloat16"]
@@ -224,6 +226,21 @@ def test_recomputed_modules_give_the_same_gradients_and_loads(modules: list[str]
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_overlap_reaches_the_wrappers(overlap: bool, distributed_optimizer: bool) -> None:
+    parallel = ParallelConfig(overlap=overlap, distributed_optimizer=distributed_optimizer)
+    (chunk,) = wrap_data_parallel([build_model(dense_config())], parallel)
+    optimizer = build_optimizer(OptimizerConfig(), [chunk], parallel, torch.float32)
+    gathers = overlap and distributed_optimizer
+    assert chunk.ddp_config.overlap_grad_reduce is overlap
+    assert chunk.ddp_config.overlap_param_gather is gathers
+    assert chunk.ddp_config.use_distributed_optimizer is distributed_optimizer
+    assert optimizer.chained_optimizers[0].config.overlap_param_gather is gathers
+    hooked = {name for name, module in chunk.module.named_modules() if module._forward_pre_hooks}
+    assert bool(hooked) is gathers  # they wait for the weights
 
 
 def test_versions_name_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
