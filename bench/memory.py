@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -46,6 +47,7 @@ COMPONENT_OF: dict[type, str] = {
     RMSNorm: "norms",
     BalancedRouter: "router",
     MoELayer: "experts",
+    SequentialMLP: "experts",  # in a MoELayer that is recomputed, which is not called then
     MLP: "feed-forward",  # a dense network, or the shared expert inside a MoELayer
     IntervalSelfAttention: "attention",
     TransformerLayer: "residual stream",
@@ -65,6 +67,7 @@ DENSE = (
     "model.vocab_size=8192",
     "model.mask_token_id=3",
 )
+SELECTIVE = ("parallel.recompute=selective",)
 
 
 def run_of(length: int, samples: int, block_size: int, *others: str) -> tuple[str, ...]:
@@ -82,7 +85,9 @@ RUNS = {
     "experts": run_of(512, 1, 32, *MOE),
     "experts, bf16": run_of(1024, 2, 32, *MOE, "trainer.dtype=bfloat16"),
     "experts, full recomputation": run_of(1024, 2, 32, *MOE, "parallel.recompute=full"),
-    "experts, selective recomputation": run_of(1024, 2, 1024, *MOE, "parallel.recompute=selective"),
+    "experts, attention again": run_of(1024, 2, 1024, *MOE, *SELECTIVE),
+    "experts, dense network again": run_of(1024, 2, 32, *MOE, *SELECTIVE, "parallel.recompute_modules=[mlp]"),
+    "experts again": run_of(1024, 2, 32, *MOE, *SELECTIVE, "parallel.recompute_modules=[moe]"),
     "experts, vocabulary of 49153": run_of(512, 1, 32, "model=tiny_ling"),
     "SmolLM2-135M": run_of(128, 2, 8, "model=smollm2_135m"),
 }

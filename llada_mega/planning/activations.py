@@ -79,7 +79,7 @@ def _attention(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes, behin
     """
     query = model.num_attention_heads * model.head_dim // parallel.tp
     key = model.num_query_groups * model.head_dim // parallel.tp
-    lse = 0 if parallel.recompute == "selective" else model.num_attention_heads // parallel.tp * WIDE
+    lse = 0 if recomputes(parallel, "core_attn") else model.num_attention_heads // parallel.tp * WIDE
     # Under context parallelism keys and values of all ranks come in place of the rank's own rotated keys.
     keys = 2 * key * parallel.cp if parallel.cp > 1 else key
     rows = query + 2 * key + (query if model.qk_norm else 0) + keys
@@ -118,6 +118,30 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> floa
 def layer_output(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> float:
     """The residual stream behind a layer."""
     return _behind_attention(model, parallel, index, sizes).tokens * model.hidden_size * sizes.element
+
+
+def staying(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:
+    """What of :func:`layer` is there while other layers are at work: what is recomputed, or in host memory, is not."""
+    if index < parallel.offload_layers:
+        return {}
+    kept, is_moe = layer(model, parallel, index, sizes), model.is_moe_layer(index)
+    behind = _behind_attention(model, parallel, index, sizes)
+    gone = set()
+    if recomputes(parallel, "shared_experts" if is_moe else "mlp"):
+        gone |= {"feed-forward"}
+    if recomputes(parallel, "moe") and is_moe:
+        gone |= {"feed-forward", "router", "experts"}
+    if recomputes(parallel, "layernorm"):
+        kept["norms"] -= (sizes.tokens + behind.tokens) * model.hidden_size * sizes.element
+    if recomputes(parallel, "moe_act") and is_moe and sizes.te:  # ours makes activations again anyway
+        width = model.moe.expert_ffn_hidden_size // parallel.etp
+        kept["experts"] -= behind.tokens * sizes.routes_a_token * 4 * width * sizes.element
+    return {component: size for component, size in kept.items() if component not in gone}
+
+
+def recomputes(parallel: ParallelConfig, module: str) -> bool:
+    """Selective recomputation makes ``module`` again."""
+    return parallel.recompute == "selective" and module in parallel.recompute_modules
 
 
 def layer_input(model: ModelConfig, sizes: Sizes) -> float:

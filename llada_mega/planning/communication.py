@@ -65,9 +65,10 @@ def bytes_of_step(
     return {axis: count for axis, count in sent.items() if count}
 
 
-def forward_passes(parallel: ParallelConfig) -> int:
-    """Through every layer: recomputation repeats what the forward pass communicates."""
-    return 2 if parallel.recompute == "full" else 1
+def forward_passes(parallel: ParallelConfig, *modules: str) -> int:
+    """Through a part of every layer, one of ``modules``: recomputation repeats what the forward pass communicates."""
+    selected = parallel.recompute == "selective" and not set(modules).isdisjoint(parallel.recompute_modules)
+    return 2 if parallel.recompute == "full" or selected else 1
 
 
 def tensor_parallel(
@@ -82,20 +83,23 @@ def tensor_parallel(
     the maximum (fp32), the label's logit and the sum (fp32 each) and the most probable token (int64) of every row, and
     the gradient of its hidden state.
     """
-    n = parallel.tp
-    networks = rank.layers - rank.moe_layers
-    if model.is_moe and model.moe.shared_expert_ffn_hidden_size:
-        networks = rank.layers
-    each = 2 * forward_passes(parallel) + 3
-    positions = (each * (rank.layers + networks) + 2 * rank.is_first) * batch.positions
+    n, forward = parallel.tp, forward_passes(parallel)
+    each = 2 * forward + 3  # of an attention
+    dense = rank.layers - rank.moe_layers
+    shared = rank.moe_layers if model.is_moe and model.moe.shared_expert_ffn_hidden_size else 0
+    of_dense, of_shared = (
+        2 * forward_passes(parallel, *modules) + 3 for modules in (("mlp",), ("moe", "shared_experts"))
+    )
+    whole = each * rank.layers + of_dense * dense + of_shared * shared + 2 * rank.is_first  # in units
+    rows = 0
     if rank.is_last and last_layer_is_whole(model, parallel):
-        positions += batch.positions
+        whole += 1
     elif rank.is_last:
-        has_network = not model.is_moe_layer(model.num_layers - 1) or model.moe.shared_expert_ffn_hidden_size > 0
-        shorter = (forward_passes(parallel) + 1) + each * has_network  # outputs and their gradients; the network
-        positions += (forward_passes(parallel) + 1) * batch.positions  # of the residual stream
-        positions += (shorter + 1) * batch.logit_rows - shorter * batch.positions
-    gathered = positions * model.hidden_size * element_size
+        network = (of_shared if shared else 0) if rank.moe_layers else of_dense
+        outputs = forward + 1  # of the attention, and their gradients
+        whole += forward + 1 - outputs - network  # the residual stream comes in place of them
+        rows = outputs + network + 1
+    gathered = (whole * batch.positions + rows * batch.logit_rows) * model.hidden_size * element_size
     row = 3 * 4 + 8 + model.hidden_size * element_size
     reduced = batch.logit_rows * row if rank.is_last else 0
     return (n - 1) / n * (gathered + 2 * reduced)
@@ -126,7 +130,7 @@ def context_parallel(
     """Keys and values of ``keys_sent`` rows to every other rank, and the gradients of theirs back to them."""
     heads = (model.num_query_groups or model.num_attention_heads) / parallel.tp
     row = 2 * heads * (model.head_dim or 0) * element_size
-    return (forward_passes(parallel) + 1) * rank.layers * (parallel.cp - 1) * batch.keys_sent * row
+    return (forward_passes(parallel, "core_attn") + 1) * rank.layers * (parallel.cp - 1) * batch.keys_sent * row
 
 
 def experts(
@@ -140,7 +144,7 @@ def experts(
     n = parallel.ep
     if n == 1:
         return 0.0
-    hidden, forward = model.hidden_size * element_size, forward_passes(parallel)
+    hidden, forward = model.hidden_size * element_size, forward_passes(parallel, "moe")
     if parallel.dispatcher != "allgather":
         return rank.routes_leaving * (forward + 1) * (2 * hidden + 4)
     tokens = sum(batch.count * batch.positions for batch in batches) / (parallel.tp if parallel.sp else 1)

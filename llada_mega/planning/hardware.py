@@ -38,10 +38,10 @@ class Device:
 # ways; one 400 Gb/s adapter a device. Memory in GiB is what remains of the 80, 141, 180 and 186 GB to programs. float32
 # is what the CUDA cores do, as PyTorch multiplies float32 unless told to.
 DEVICES = {
-    "h100": Device("H100 SXM", 79, {"bfloat16": 989, "float32": 67}, 3350, 450, 50, 8),
-    "h200": Device("H200 SXM", 139, {"bfloat16": 989, "float32": 67}, 4800, 450, 50, 8),
-    "b200": Device("B200 SXM", 179, {"bfloat16": 2250, "float32": 75}, 8000, 900, 50, 8),
-    "gb200": Device("GB200 NVL72", 184, {"bfloat16": 2500, "float32": 80}, 8000, 900, 50, 72),
+    "h100": Device("H100 SXM", 79, {"fp8": 1979, "bfloat16": 989, "float32": 67}, 3350, 450, 50, 8),
+    "h200": Device("H200 SXM", 139, {"fp8": 1979, "bfloat16": 989, "float32": 67}, 4800, 450, 50, 8),
+    "b200": Device("B200 SXM", 179, {"fp8": 4500, "bfloat16": 2250, "float32": 75}, 8000, 900, 50, 8),
+    "gb200": Device("GB200 NVL72", 184, {"fp8": 5000, "bfloat16": 2500, "float32": 80}, 8000, 900, 50, 72),
 }
 
 
@@ -59,5 +59,6 @@ def choose_device(options: HardwareOptions, dtype: str) -> Device:
     peak = changes.pop("peak_tflops")
     given = {name: value for name, value in changes.items() if value is not None}
     if peak is not None:
-        given["peak_tflops"] = device.peak_tflops | {dtype: peak}
+        factor = peak / device.peak_tflops[dtype]  # FP8 keeps its advantage
+        given["peak_tflops"] = {name: value * factor for name, value in device.peak_tflops.items()}
     return dataclasses.replace(device, **given)

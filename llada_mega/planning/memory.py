@@ -127,7 +127,7 @@ def _moments(
     table = vocab * model.hidden_size * sizes.element
     tied = table if model.tie_embeddings and share.is_first and share.is_last else 0
     kept = {layer: activations.layer(model, parallel, layer, sizes) for layer in share.layers}
-    stays = kept
+    stays = {layer: activations.staying(model, parallel, layer, sizes) for layer in share.layers}
     if parallel.recompute == "full":
         # A layer's input is the output of what is before it, which the first one of a chunk gets from outside.
         first = {chunk[0] for chunk in share.chunks}

@@ -18,7 +18,7 @@ from llada_mega.diffusion.curriculum import build_curriculum
 from llada_mega.diffusion.stages import ResolvedStage
 from llada_mega.errors import ConfigError
 from llada_mega.planning.hardware import Device, choose_device
-from llada_mega.planning.memory import GIB, Copies, Peak, peak_memory, sizes_of
+from llada_mega.planning.memory import GIB, Copies, peak_memory, sizes_of
 from llada_mega.planning.options import PlanOptions
 from llada_mega.planning.shapes import Shape, shape_of_stage
 from llada_mega.planning.share import Share, share_of_stage
@@ -184,14 +184,22 @@ class Planner:
     def _rank(
         self, share: Share, parallel: ParallelConfig, micro_batch_size: int, copies: Copies, count: int
     ) -> RankPlan:
-        highest: tuple[Peak, str] | None = None
+        # More positions and more rows need more memory, so only the largest combinations are looked at.
+        names: dict[tuple[int, int], tuple[str, Shape]] = {}
         for stage, shape in zip(self.stages, self.shapes(micro_batch_size), strict=True):
-            sizes = self._sizes(shape, parallel, shape.most_rows)
-            peak = peak_memory(self.options.model, parallel, share, copies, sizes, count)
-            if highest is None or peak.total > highest[0].total:
-                highest = peak, stage.name
-        assert highest is not None  # a curriculum has stages
-        peak, name = highest
+            extent = (shape.positions(parallel), shape.most_rows)
+            names.setdefault(extent, (stage.name, shape))
+        largest = [
+            place
+            for extent, place in names.items()
+            if not any(other != extent and other[0] >= extent[0] and other[1] >= extent[1] for other in names)
+        ]
+        peaks = [
+            (peak_memory(self.options.model, parallel, share, copies, sizes, count), name)
+            for name, shape in largest
+            for sizes in [self._sizes(shape, parallel, shape.most_rows)]
+        ]
+        peak, name = max(peaks, key=lambda found: found[0].total)
         total = peak.total / GIB
         parts = {component: count / GIB for component, count in peak.components.items()}
         return RankPlan(
@@ -227,6 +235,7 @@ class Planner:
                 self.device,
                 options.assume,
                 options.trainer.dtype,
+                options.trainer.fp8 is not None,
             )
             if slowest is None or time.total > slowest[0].total:
                 slowest = time, sent

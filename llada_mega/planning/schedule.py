@@ -18,7 +18,7 @@ class State:
 
 @cache
 def states(pp: int, chunks: int, stage: int, num_micro_batches: int) -> tuple[State, ...]:
-    """All different states of a step on pipeline rank ``stage``.
+    """The states of a step on pipeline rank ``stage``, without those that hold no more of any chunk than another one.
 
     A stage goes forward a number of times, then forward and backward in turn, then backward. With several chunks it
     takes ``pp`` micro-batches through one chunk before it goes on to the next, backward in the opposite order.
@@ -41,7 +41,12 @@ def states(pp: int, chunks: int, stage: int, num_micro_batches: int) -> tuple[St
         back = chunks - 1 - chunk
         found[State(tuple(held), back)] = None
         held[back] -= 1
-    return tuple(found)
+    return tuple(state for state in found if not any(_holds_more(other, state) for other in found))
+
+
+def _holds_more(one: State, other: State) -> bool:
+    same_work = one.going_back == other.going_back and one != other
+    return same_work and all(a >= b for a, b in zip(one.held, other.held, strict=True))
 
 
 def _order(group: int, chunks: int) -> Iterator[int]:

@@ -30,8 +30,7 @@ def search_layouts(options: PlanOptions) -> Search:
     """Try every layout that the model, the batch and the devices allow; ``options.gpus`` must be given.
 
     Sequence parallelism goes with tensor parallelism, the optimizer's state is split over the data-parallel ranks, and
-    tensor parallelism stays inside a node. Recomputation is none or full: repeating the attention core alone saves
-    nothing that is not kept elsewhere.
+    tensor parallelism stays inside a node. Recomputation is none, of what is cheap to make again, or full.
 
     Raises:
         ConfigError: ``gpus`` is not given.
@@ -41,7 +40,7 @@ def search_layouts(options: PlanOptions) -> Search:
     at_least(1, top=options.top)
     planner, too_large = Planner(options), 0
     fitting: list[tuple[float, ParallelConfig, int]] = []
-    for parallel, micro_batch_size in candidates(options, planner.device.node_size):
+    for parallel, micro_batch_size in candidates(options, planner.device.node_size, planner.implementation):
         if not all(rank.fits for rank in planner.memory(parallel, micro_batch_size, options.gpus)):
             too_large += 1
             continue
@@ -54,14 +53,19 @@ def search_layouts(options: PlanOptions) -> Search:
     return Search(best, len(fitting), too_large)
 
 
-def candidates(options: PlanOptions, node_size: int) -> Iterator[tuple[ParallelConfig, int]]:
+def candidates(options: PlanOptions, node_size: int, implementation: str) -> Iterator[tuple[ParallelConfig, int]]:
     """Layouts and micro-batch sizes that :func:`validate` accepts on ``options.gpus`` devices."""
     model, gpus = options.model, options.gpus or 1
+    cheap = ["shared_experts"] if model.is_moe else []
+    if implementation == "te":
+        cheap += ["layernorm", "moe_act"] if model.is_moe else ["layernorm"]
     inside = [size for size in divisors(gpus) if size <= node_size]
     experts = [size for size in divisors(model.moe.num_experts) if gpus % size == 0] if model.is_moe else [1]
     stages = [size for size in divisors(gpus) if size <= model.num_layers]
-    choices = itertools.product(inside, stages, CHUNKS, (1, 2), experts, ("none", "full"), MICRO_BATCHES)
+    choices = itertools.product(inside, stages, CHUNKS, (1, 2), experts, ("none", "selective", "full"), MICRO_BATCHES)
     for tp, pp, vp, cp, ep, recompute, micro_batch_size in choices:
+        if recompute == "selective" and not cheap:
+            continue
         if (vp and pp == 1) or tp * pp * cp > gpus or ep * pp > gpus:
             continue
         parallel = replace(
@@ -74,6 +78,8 @@ def candidates(options: PlanOptions, node_size: int) -> Iterator[tuple[ParallelC
             etp=1,
             sp=tp > 1,
             recompute=recompute,
+            recompute_modules=cheap if recompute == "selective" else ["core_attn"],
+            offload_layers=0,
             distributed_optimizer=True,
             num_layers_in_first_pipeline_stage=None,
             num_layers_in_last_pipeline_stage=None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
 from llada_mega.planning import communication
-from llada_mega.planning.activations import WIDE, layer
+from llada_mega.planning.activations import WIDE, layer, recomputes, staying
 from llada_mega.planning.hardware import Device
 from llada_mega.planning.memory import Copies, Sizes
 from llada_mega.planning.options import Assumptions
@@ -25,28 +25,57 @@ PASSES_OVER_KEPT = 5
 
 @dataclass(frozen=True)
 class Work:
-    """One micro-batch on one rank: forward FLOPs by kernel, attention over whole tiles, and bytes that are kept."""
+    """One micro-batch on one rank.
+
+    Attributes:
+        flops: forward, by kernel; repeated: those of what is recomputed.
+        tiles: pairs in live tiles over visible ones.
+        kept: bytes that layers keep for their backward pass without recomputation; kept_again: those recomputed.
+    """
 
     flops: Flops
-    tile_attention: float
+    repeated: Flops
+    tiles: float
     kept: float
+    kept_again: float
 
     @classmethod
     def of(cls, model: ModelConfig, parallel: ParallelConfig, share: Share, sizes: Sizes, shape: Shape) -> Work:
         """Of the share of a pipeline stage; context-parallel ranks have equal parts of the attention."""
         pairs, last = shape.visible_pairs / parallel.cp, model.num_layers - 1
-        flops, kept = Flops(), 0.0
+        flops, repeated, kept, kept_again = Flops(), Flops(), 0.0, 0.0
         for index in share.layers:
+            outputs: float = sizes.positions
+            seen = pairs
             if index == last and not last_layer_is_whole(model, parallel):
-                logit_pairs = shape.logit_pairs / parallel.cp
-                flops += layer_flops(model, index, sizes.positions, logit_pairs, sizes.logit_rows)
-            else:
-                flops += layer_flops(model, index, sizes.positions, pairs)
-            kept += sum(layer(model, parallel, index, sizes).values())
+                outputs, seen = sizes.logit_rows, shape.logit_pairs / parallel.cp
+            of_layer = layer_flops(model, index, sizes.positions, seen, outputs)
+            flops += of_layer
+            repeated += _repeated(model, parallel, index, of_layer, outputs)
+            bytes_kept = sum(layer(model, parallel, index, sizes).values())
+            staying_bytes = (
+                0.0 if parallel.recompute == "full" else sum(staying(model, parallel, index, sizes).values())
+            )
+            kept += bytes_kept
+            kept_again += bytes_kept - staying_bytes if index >= parallel.offload_layers else 0.0
         if share.is_last:
             flops += logit_flops(model, sizes.logit_rows)
-        flops = (1 / parallel.tp) * flops
-        return cls(flops, flops.attention * shape.tile_pairs / shape.visible_pairs, kept)
+        part, tiles = 1 / parallel.tp, shape.tile_pairs / shape.visible_pairs
+        return cls(part * flops, part * repeated, tiles, kept, kept_again)
+
+
+def _repeated(model: ModelConfig, parallel: ParallelConfig, index: int, flops: Flops, outputs: float) -> Flops:
+    """What of a layer's forward pass is made again backward."""
+    if parallel.recompute == "full":
+        return flops
+    is_moe = model.is_moe_layer(index)
+    width = model.moe.shared_expert_ffn_hidden_size if is_moe else model.ffn_hidden_size
+    has_network = any(recomputes(parallel, module) for module in (("moe", "shared_experts") if is_moe else ("mlp",)))
+    return Flops(
+        linear=6.0 * outputs * model.hidden_size * width if has_network else 0.0,
+        experts=flops.experts if recomputes(parallel, "moe") else 0.0,
+        attention=flops.attention if recomputes(parallel, "core_attn") else 0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,24 +122,30 @@ def step_time(
     device: Device,
     assume: Assumptions,
     dtype: str,
+    fp8: bool,
 ) -> StepTime:
-    """Of a rank of the pipeline stage ``share``, which sends ``sent`` bytes by axis in a step."""
-    peak = device.peak_tflops[dtype] * 1e12
+    """Of a rank of the pipeline stage ``share``, which sends ``sent`` bytes by axis in a step.
+
+    ``fp8``: the layers' matrix products are in FP8; attention and logits are in ``dtype``.
+    """
     bandwidth = device.memory_gb_per_s * 1e9 * assume.memory_efficiency
     uneven = assume.expert_load if parallel.ep > 1 else 1.0
-    forward = {
-        "linear": work.flops.linear / (peak * assume.linear_efficiency),
-        "experts": work.flops.experts * uneven / (peak * assume.expert_efficiency),
-        "attention": work.tile_attention / (peak * assume.attention_efficiency),
+    wide, layers = device.peak_tflops[dtype] * 1e12, device.peak_tflops["fp8" if fp8 else dtype] * 1e12
+    linear, experts = layers * assume.linear_efficiency, layers * assume.expert_efficiency / uneven
+    attention = wide * assume.attention_efficiency / work.tiles
+    count, flops, again = num_micro_batches, work.flops, work.repeated
+    compute = {
+        "linear": STEP * flops.linear / linear,
+        "experts": STEP * flops.experts / experts,
+        "attention": ATTENTION_PASSES * flops.attention / attention,
+        "logits": STEP * flops.logits / (wide * assume.linear_efficiency),
+        "memory": PASSES_OVER_KEPT * work.kept / bandwidth,
+        "recompute": again.linear / linear
+        + again.experts / experts
+        + again.attention / attention
+        + 2 * work.kept_again / bandwidth,
     }
-    logits = STEP * work.flops.logits / (peak * assume.linear_efficiency)
-    memory = PASSES_OVER_KEPT * work.kept / bandwidth
-    again = {"full": sum(forward.values()) + 2 * work.kept / bandwidth, "selective": forward["attention"]}
-    passes = {"linear": STEP, "experts": STEP, "attention": ATTENTION_PASSES}
-    count = num_micro_batches
-    compute = {name: count * passes[name] * seconds for name, seconds in forward.items()}
-    compute |= {"logits": count * logits, "memory": count * memory}
-    compute["recompute"] = count * again.get(parallel.recompute, 0.0)
+    compute = {name: count * seconds for name, seconds in compute.items()}
     moved = {
         axis: sent.get(axis, 0.0) / rate(axis, parallel, copies, device, assume) for axis in ("tp", "cp", "ep", "pp")
     }

@@ -105,7 +105,7 @@ def test_a_search_lists_the_fastest_layouts_that_fit() -> None:
     run = options(*SMALL, "search=true", "gpus=8", "top=5")
     found = search_layouts(run)
     planner = Planner(run)
-    plans = [planner.plan(parallel, micro, 8) for parallel, micro in candidates(run, 8)]
+    plans = [planner.plan(parallel, micro, 8) for parallel, micro in candidates(run, 8, "te")]
     days = sorted(plan.days for plan in plans if plan.fits)
     assert [plan.days for plan in found.best] == pytest.approx(days[:5])
     assert found.fitting == len(days) and found.too_large == len(plans) - len(days)
@@ -113,10 +113,10 @@ def test_a_search_lists_the_fastest_layouts_that_fit() -> None:
 
 
 def test_a_search_leaves_out_what_does_not_fit() -> None:
-    run = options("experiment=cpt_16b", "search=true", "gpus=8", "hardware.memory_gib=60")
+    run = options(*SMALL, "search=true", "gpus=4", "hardware.memory_gib=6.4")
     found = search_layouts(run)
     assert found.too_large > 0
-    assert all(plan.peak_gib <= 60 - run.assume.reserved_gib for plan in found.best)
+    assert all(plan.peak_gib <= 6.4 - run.assume.reserved_gib for plan in found.best)
 
 
 def test_a_model_of_any_size_is_planned_without_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,11 +73,11 @@ def test_the_backward_pass_is_told_apart() -> None:
 def test_a_pipeline_holds_one_pass_for_every_stage_behind() -> None:
     for stage in range(4):
         assert max(state.held[0] for state in states(4, 1, stage, 64)) == 4 - stage
-    assert states(4, 1, 0, 2)[0] == State((2,), 0)  # no more than there are
+    assert states(4, 1, 0, 2) == (State((2,), 0),)  # no more than there are
 
 
 def test_an_interleaved_pipeline_goes_on_with_the_first_chunk() -> None:
     # Rank 0 of 2 stages with 2 chunks: forward 0 0 1 1 | 0, backward 1, forward 0, backward 1, ...
-    assert states(2, 2, 0, 8)[:2] == (State((3, 2), 1), State((4, 1), 1))
+    assert {State((3, 2), 1), State((4, 1), 1)} <= set(states(2, 2, 0, 8))
     for state in states(4, 2, 1, 64):
         assert sum(state.held) <= 2 * 2 + 4 + 1
