@@ -3,7 +3,7 @@
 .SHELLFLAGS := -euo pipefail -c
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench loss-compare bench-kernels bench-layouts bench-conversion bench-step docs gpu-first clean
+.PHONY: help quickstart test test-latest test-gpu test-full te-check kernels-aot latest-python lint format bench loss-compare bench-kernels bench-layouts bench-conversion bench-step docs faults gpu-first clean
 
 VENV := .venv
 LATEST := .venv-latest
@@ -33,6 +33,7 @@ help:
 	echo "make bench-step    a whole training step on one core against the way published trainers write it, and against the floor"
 	echo "make bench-layouts a run moved between parallel layouts, drawn; speed, memory and bytes of every layout (8 minutes; ARGS=--figure, --table)"
 	echo "make bench-conversion memory and time of import and export at the widths of Ling-flash (32 GB of disk; ARGS=--stacked)"
+	echo "make faults        a small run on two processes through 65 injected faults against the same run left alone (Linux; ARGS='--count 13')"
 	echo "make docs          write docs/configuration.md and docs/commands.md from the sources, and the site into build/site"
 	echo "make kernels-aot   compile the GPU kernels without a GPU; registers, memory, spills, instructions"
 	echo "make te-check      TransformerEngine's models, built without a GPU, against the local ones (compiles for 22 CPU-minutes once)"
@@ -127,6 +128,9 @@ bench-step: $(VENV)/.installed
 
 bench-conversion: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.conversion $(ARGS)
+
+faults: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/python -m bench.faults $(ARGS)
 
 docs: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py

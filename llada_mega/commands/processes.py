@@ -23,6 +23,7 @@ from llada_mega.ranks import ERROR_FILE_VARIABLE, STOP_SIGNALS, STOPPED_STATUS, 
 COMMAND = (sys.executable, "-m", "llada_mega")
 GRACE_SECONDS = 10.0  # for the other ranks to end by themselves, and again after they were asked to
 _POLL_SECONDS = 0.05
+_BURIAL_SECONDS = 1.0  # between the moment at which a killed process lets go of others and its end
 _LAST_LINES = 20  # of the log of a rank that died without a word
 
 
@@ -42,8 +43,13 @@ class _Process:
 
     @property
     def failed_at(self) -> float:
-        """When it said so, else the last time it was known to live: who died silently died before who complained."""
-        return self.error_file.stat().st_mtime if self.error_file.exists() else self.seen_alive
+        """When it said so, else the last time it was known to live: who died silently died before who complained.
+
+        The connections of a killed process close some time before its end can be seen.
+        """
+        if self.error_file.exists():
+            return self.error_file.stat().st_mtime
+        return self.seen_alive - _BURIAL_SECONDS * (self.process.returncode == -signal.SIGKILL)
 
 
 def start_processes(count: int, arguments: Sequence[str], run_dir: str | Path, command: Sequence[str] = COMMAND) -> int:
@@ -115,9 +121,9 @@ def _wait(processes: Sequence[_Process], received: Sequence[signal.Signals]) -> 
     """The rank that failed first, or None when all have ended well. Passes on what is ``received`` meanwhile."""
     passed_on = 0
     while True:
-        failed = [process for process in processes if process.has_failed]
-        if failed:
-            return min(failed, key=lambda process: process.failed_at)
+        if any(process.has_failed for process in processes):
+            _settle(processes, _BURIAL_SECONDS)
+            return min((process for process in processes if process.has_failed), key=lambda process: process.failed_at)
         if all(process.process.returncode is not None for process in processes):
             return None
         for number in received[passed_on:]:
@@ -134,9 +140,9 @@ def _wait(processes: Sequence[_Process], received: Sequence[signal.Signals]) -> 
         time.sleep(_POLL_SECONDS)
 
 
-def _settle(processes: Sequence[_Process]) -> None:
+def _settle(processes: Sequence[_Process], seconds: float | None = None) -> None:
     """Ranks that lost a peer notice it and close their files; those that do not are stopped later."""
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + (GRACE_SECONDS if seconds is None else seconds)
     while any(process.process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 

@@ -88,6 +88,15 @@ def test_all_damaged_is_refused_and_never_begins_anew(train: Train, tmp_path: Pa
     assert train("run", "checkpoint.resume=never", "trainer.max_steps=1").step == 1
 
 
+def test_a_torn_last_row_is_cut_before_new_ones_follow(train: Train, tmp_path: Path) -> None:
+    train("run", "trainer.max_steps=2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 3, "lo')  # what a full disk or a kill leaves
+    train("run", "trainer.max_steps=3")
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
+
+
 def test_a_finished_run_stays_finished(train: Train, tmp_path: Path) -> None:
     train("run", *VALIDATION)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -72,7 +72,7 @@ def test_signs_of_life_keep_it_quiet(dogs: Any, tmp_path: Path) -> None:
     dog.on_step_begin(TRAINER)
     dog.close()
     assert not dog._thread.is_alive() and not said
-    assert not list((tmp_path / "logs" / "hang").iterdir())
+    assert not (tmp_path / "logs").exists()
 
 
 def test_an_error_that_follows_from_the_standstill_does_not_hide_it(dogs: Any) -> None:

@@ -34,6 +34,7 @@ class JsonlSink(Callback):
         if not trainer.writes_files:
             return
         if self._file is None:
+            cut_torn_line(self._path)
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(redact(json.dumps(finite(row))) + "\n")
         self._file.flush()
@@ -41,6 +42,15 @@ class JsonlSink(Callback):
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove what a process has left of a last line that a full disk or a crash kept from its end."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 class TensorBoardSink(Callback):

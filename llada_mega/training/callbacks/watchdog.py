@@ -63,7 +63,6 @@ class Watchdog(Callback):
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
         _place_file(self._directory, self._rank).unlink(missing_ok=True)
         self._sign(trainer)
         self._thread.start()
@@ -115,6 +114,7 @@ class Watchdog(Callback):
 
     def _leave_stacks(self) -> None:
         frame = sys._current_frames().get(self._main_thread or 0)
+        self._directory.mkdir(parents=True, exist_ok=True)
         place = Place(self._step, self._hooks, *_describe(frame))
         stacks = self._directory / f"rank_{self._rank:04d}.txt"
         with stacks.open("w") as file:
