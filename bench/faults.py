@@ -11,6 +11,7 @@ before. Needs a tmpfs to be filled to the brim: root, or user namespaces.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -22,10 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.corpus import prepare_corpus
 from bench.fault_table import Result, render
@@ -72,6 +74,7 @@ class Campaign:
     overrides: list[str]
     random: random.Random
     results: list[Result] = field(default_factory=list)
+    newest: Start | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -85,7 +88,15 @@ class Campaign:
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"FAULT": json.dumps(fault)} if fault else {})
         with output.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-        return Start(process, output, time.time())
+        self.newest = Start(process, output, time.time())
+        return self.newest
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        if self.newest is None or self.newest.process.poll() is not None:
+            return
+        for process in [*psutil.Process(self.newest.process.pid).children(recursive=True), self.newest.process]:
+            process.kill()
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows with a loss, in the order in which they were written; a torn last line does not count."""
@@ -313,7 +324,7 @@ def line_with(text: str, word: str) -> str:
 # ---- the campaign ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def small_disk(directory: Path) -> Iterator[None]:
     """Mount a tmpfs of DISK_MIB on ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -349,8 +360,8 @@ def run_campaign(
         f"trainer.hang_minutes={HANG_SECONDS / 60}",
         "logging.progress=false",
     ]
-    with small_disk(directory / "disk"):
-        campaign = Campaign(directory / "disk", directory / "corpus" / "prose", overrides, order)
+    campaign = Campaign(directory / "disk", directory / "corpus" / "prose", overrides, order)
+    with small_disk(directory / "disk"), contextlib.closing(campaign):
         for number, kind in enumerate(shuffled, 1):
             campaign.inject(kind)
             say(f"{number:3d}/{len(shuffled)} {campaign.results[-1]}")
