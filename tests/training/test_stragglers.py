@@ -48,7 +48,7 @@ def train_with_a_slow_rank(config: Config) -> None:
 
 @pytest.mark.slow
 def test_a_slow_rank_is_named_once(configure: Callable[..., Config], tmp_path: Path) -> None:
-    config = configure("run", "trainer.micro_batch_size=1", "trainer.max_steps=6")
+    config = configure("run", "trainer.micro_batch_size=1", "trainer.max_steps=8")
     run_ranks(train_with_a_slow_rank, 2, config=config)
     warnings = [row["warning"] for row in read_rows(tmp_path / "run", "warning").values()]
     assert warnings == ["slow: rank 1 (in other); the others wait for it"]

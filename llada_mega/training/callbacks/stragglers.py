@@ -14,7 +14,7 @@ from llada_mega.training.timeline import PHASES
 from llada_mega.training.trainer import Trainer
 
 SLOW = 1.5  # times as long at work as half of the ranks
-PATIENCE = 3  # logged rows in a row
+PATIENCE = 5  # logged rows in a row
 
 
 class StragglerCallback(Callback):
