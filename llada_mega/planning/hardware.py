@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llada_mega.config.checks import one_of, require
 from llada_mega.planning.options import HardwareOptions
+from llada_mega.training.peak import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class Device:
     implementation: str = "te"
 
 
+def _peak(name: str, fp8: float) -> dict[str, float]:
+    return PEAK_TFLOPS[name] | {"fp8": fp8}
+
+
 # NVIDIA's data sheets of H100 SXM, H200 SXM, HGX B200 and GB200 NVL72, halved where they count sparsity, NVLink both
-# ways; one 400 Gb/s adapter a device. Memory in GiB is what remains of the 80, 141, 180 and 186 GB to programs. float32
-# is what the CUDA cores do, as PyTorch multiplies float32 unless told to.
+# ways; one 400 Gb/s adapter a device. Memory in GiB is what remains of the 80, 141, 180 and 186 GB to programs.
 DEVICES = {
-    "h100": Device("H100 SXM", 79, {"fp8": 1979, "bfloat16": 989, "float32": 67}, 3350, 450, 50, 8),
-    "h200": Device("H200 SXM", 139, {"fp8": 1979, "bfloat16": 989, "float32": 67}, 4800, 450, 50, 8),
-    "b200": Device("B200 SXM", 179, {"fp8": 4500, "bfloat16": 2250, "float32": 75}, 8000, 900, 50, 8),
-    "gb200": Device("GB200 NVL72", 184, {"fp8": 5000, "bfloat16": 2500, "float32": 80}, 8000, 900, 50, 72),
+    "h100": Device("H100 SXM", 79, _peak("H100", 1979), 3350, 450, 50, 8),
+    "h200": Device("H200 SXM", 139, _peak("H200", 1979), 4800, 450, 50, 8),
+    "b200": Device("B200 SXM", 179, _peak("B200", 4500), 8000, 900, 50, 8),
+    "gb200": Device("GB200 NVL72", 184, _peak("GB200", 5000), 8000, 900, 50, 72),
 }
 
 

@@ -105,7 +105,7 @@ def test_quickstart_is_an_experiment_with_a_preset(run: Run) -> None:
 
 
 MISTAKES = [
-    (["plan"], "unknown command 'plan'; there are: quickstart, "),
+    (["fly"], "unknown command 'fly'; there are: quickstart, "),
     (["trian"], "unknown command 'trian'; did you mean train? There are: "),
     (["data"], "'data' is not a command by itself; there are: data build"),
     (["checkpoint"], "there are: checkpoint verify, checkpoint inspect"),

@@ -16,9 +16,9 @@ from llada_mega.cli import main
 from llada_mega.config.compose import compose
 from llada_mega.config.count import total_parameters
 from llada_mega.config.run import ParallelConfig
-from llada_mega.planning.hardware import DEVICES, choose_device
+from llada_mega.planning.hardware import DEVICES
 from llada_mega.planning.memory import Copies
-from llada_mega.planning.options import Assumptions, HardwareOptions, PlanOptions
+from llada_mega.planning.options import Assumptions, PlanOptions
 from llada_mega.planning.plan import Planner, make_plan, prepare
 from llada_mega.planning.search import candidates, search_layouts
 from llada_mega.planning.step_time import rate
@@ -86,9 +86,14 @@ def test_hardware_and_assumptions_count() -> None:
     better = make_plan(options("experiment=cpt_16b", "gpus=64", "assume.expert_efficiency=0.8")).stages[0]
     assert twice.seconds["linear"] == pytest.approx(base.seconds["linear"] / 2)
     assert better.seconds["experts"] == pytest.approx(base.seconds["experts"] / 2)
-    for name in DEVICES:
-        device = choose_device(HardwareOptions(name), "bfloat16")
-        assert device.peak_tflops["bfloat16"] > device.peak_tflops["float32"]
+
+
+def test_fp8_is_for_the_layers_alone() -> None:
+    wide = make_plan(options("experiment=cpt_16b", "gpus=64")).stages[0]
+    narrow = make_plan(options("experiment=cpt_16b", "gpus=64", "trainer.fp8=tensorwise")).stages[0]
+    assert narrow.seconds["experts"] == pytest.approx(wide.seconds["experts"] * 989 / 1979)
+    assert narrow.seconds["logits"] == wide.seconds["logits"]
+    assert narrow.seconds["attention"] == wide.seconds["attention"]
 
 
 def test_links_depend_on_how_far_an_axis_reaches() -> None:
