@@ -1,12 +1,16 @@
 """One forward and backward pass over the largest batch of the curriculum: memory is short before training or never.
 
 It leaves nothing behind: the batch is made up, the optimizer does not run, gradients are cleared by the next step, the
-counts that move expert biases are forgotten, and nothing draws from a generator.
+counts that move expert biases are forgotten, what modules keep besides weights (scales of FP8) is put back, and nothing
+draws from a generator.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from llada_mega.config.schema import Config
 from llada_mega.data.batch import Batch, build_batch
@@ -33,6 +37,7 @@ def dry_run(step: TrainStep, config: Config, curriculum: Curriculum, options: Ba
     per_step = config.trainer.global_batch_size // (config.trainer.micro_batch_size * step.groups.dp.size())
     # So many micro-batches are under way at once in a pipeline; more of them need no more memory.
     count = min(per_step, 2 * config.parallel.pp) if config.parallel.pp > 1 else 1
+    kept = [_extra_states(model) for model in step.bare_models]
     try:
         sharded_training_state(step)  # the optimizer would make its moments in the first step: room for them, too
         step([batch] * count, learning_rate=0.0, embedding_noise_std=1e-6, accept=lambda _: False)
@@ -45,6 +50,9 @@ def dry_run(step: TrainStep, config: Config, curriculum: Curriculum, options: Ba
             f"'{str(error).splitlines()[0]}'; lower trainer.micro_batch_size, raise parallel.tp, pp or cp, or set "
             "parallel.recompute"
         ) from error
+    for model, states in zip(step.bare_models, kept, strict=True):
+        for name, state in states.items():
+            model.get_submodule(name).set_extra_state(state)
     return stage
 
 
@@ -68,6 +76,17 @@ def largest_batch(config: Config, curriculum: Curriculum, options: BatchOptions)
         )
         candidates.append((stage, batch))
     return max(candidates, key=lambda candidate: candidate[1].input_ids_S.numel())
+
+
+def _extra_states(model: nn.Module) -> dict[str, Any]:
+    """Module name -> what ``get_extra_state`` says of it; only of modules that have any."""
+    states = {}
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            state = module.get_extra_state()
+            if state is not None:
+                states[name] = state
+    return states
 
 
 def _one_document(length: int, index: int) -> Sample:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from llada_mega.checkpoint.checkpoint import list_checkpoints
 from llada_mega.config.schema import Config
@@ -17,8 +18,8 @@ from llada_mega.parallel import current_groups
 from llada_mega.training import run as run_module
 from llada_mega.training.callback import Callback
 from llada_mega.training.data import TrainingData
-from llada_mega.training.dry_run import largest_batch
-from llada_mega.training.run import curriculum_of
+from llada_mega.training.dry_run import dry_run, largest_batch
+from llada_mega.training.run import curriculum_of, run_training
 from llada_mega.training.trainer import Trainer
 from tests.training.conftest import TINY_MOE, Train
 from tests.training.rows import read_rows, untimed_state
@@ -80,6 +81,42 @@ def test_it_leaves_weights_optimizer_biases_generators_and_data_alone(
         index = Path("tensors") / "part_00000.json"
         assert json.loads((one / index).read_text())["sha256"] == json.loads((other / index).read_text())["sha256"]
         assert untimed_state(one) == untimed_state(other)
+
+
+class Counter(torch.nn.Module):
+    """Keeps a number besides weights, as modules for FP8 keep their scales."""
+
+    count = 0
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self.count)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.count = int(state)
+
+
+def test_what_modules_keep_besides_weights_is_put_back(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("run", "trainer.max_steps=1")
+    build = run_module.build_callbacks
+    counts: list[int] = []
+
+    class Look(Callback):
+        def on_train_begin(self, trainer: Trainer) -> None:
+            model, counter = trainer.step.bare_models[0], Counter()
+            counter.count = 7
+            model.counter = counter
+            hook = model.register_forward_hook(lambda *_: counts.append(1) or setattr(counter, "count", 8))
+            options = TrainingData(config, trainer.curriculum).options
+            dry_run(trainer.step, config, trainer.curriculum, options)
+            counts.append(counter.count)
+            hook.remove()
+            del model.counter
+
+    monkeypatch.setattr(run_module, "build_callbacks", lambda *a: [Look(), *build(*a)])
+    run_training(config, Console(quiet=True))
+    assert counts == [1, 7]
 
 
 def test_out_of_memory_names_the_stage_and_what_to_change(
