@@ -169,7 +169,7 @@ class Campaign:
         if status == 0:
             raise CampaignError(f"{kind} was not noticed:\n{start.text()}")
         if status > 0:
-            return line_with(start.text(), "error")
+            return line_with(start.text(), "error")  # the launcher's conclusion comes last
         self.wait_for_ranks()
         return "its ranks: " + json.loads((self.run_dir / "exit.json").read_text())["reason"]
 
@@ -316,9 +316,9 @@ KINDS = (*OUTSIDE, *PLANNED)
 
 
 def line_with(text: str, word: str) -> str:
-    """The first line that has ``word``, or the last line."""
+    """The last line that has ``word``, or the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    return next((line for line in lines if word in line), lines[-1])
+    return next((line for line in reversed(lines) if word in line), lines[-1])
 
 
 # ---- the campaign ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SETTLE_SECONDS = 10.0  # for the ranks that notice last to leave their stacks
 # Frames that wait for other ranks. A GPU's host waits elsewhere, where it reads a result.
 _WAITS = ("torch/distributed/", "megatron/core/distributed/", "megatron/core/pipeline_parallel/p2p")
+_LIBRARIES = ("<", *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 @dataclass(frozen=True, order=True)
@@ -154,12 +156,12 @@ def _place_file(directory: Path, rank: int) -> Path:
 
 
 def _describe(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a stack waits for other ranks, and the innermost of its frames that are ours."""
+    """Whether a stack waits for other ranks, and the innermost of its frames that no library knows."""
     waits, where = False, ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         waits |= any(part in path.as_posix() for part in _WAITS)
-        if not where and "llada_mega" in path.parts:
+        if not where and ("llada_mega" in path.parts or not str(path).startswith(_LIBRARIES)):
             where = f"{path.name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
-    return waits, where or "code that is not ours"
+    return waits, where or "a library"
