@@ -174,4 +174,4 @@ def test_weights_without_a_run_cannot_be_resumed(train: Train, tmp_path: Path) -
     checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     (checkpoint / "state.json").write_text("{}\n")
     with pytest.raises(CheckpointError, match="trainer.init="):
-        train("run")
+        train("run", f"checkpoint.resume={checkpoint}")
