@@ -32,7 +32,7 @@ def write_scaling(points: Sequence[Point], output: Path) -> None:
             chosen = [point for point in points if point.axis == name]
             values = [point.value for point in chosen]
             for seconds, colour, style, what in (
-                ([p.floor_seconds for p in chosen], MUTED, (0, (5, 3)), "floor: matrix products alone"),
+                ([p.floor_seconds for p in chosen], MUTED, (0, (5, 3)), "matrix products over all 2L positions"),
                 ([p.seconds for p in chosen], SERIES_LIGHT[0], "-", "llada-mega"),
                 ([p.reference_seconds for p in chosen], SERIES_LIGHT[1], "-", "plain PyTorch"),
             ):

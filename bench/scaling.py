@@ -2,8 +2,8 @@
 
 ``python -m bench.scaling`` takes the model of :mod:`bench.step` and changes one thing at a time. Both implementations
 take turns in one process; seconds are CPU seconds of one forward and backward pass of one sequence. The floor is what
-the matrix products take at the speed of a large one, measured in the same turns; peaks are allocations of a step beyond
-weights and batch.
+the matrix products over all 2L positions take at the speed of a large one, measured in the same turns; a step that
+leaves positions out (clean copies that nobody sees) may be faster. Peaks are allocations beyond weights and batch.
 
 Legend: L tokens of the sequence, 2L positions [noisy ; clean].
 """
