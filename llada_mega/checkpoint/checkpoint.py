@@ -76,6 +76,21 @@ def verify(directory: Path, reader: int = 0, readers: int = 1) -> list[str]:
 
     Several ``readers`` may share the tensor files; each finds what is wrong with its own and with the small files.
     """
+    if problems := verify_small_files(directory):
+        return problems
+    for path in _indexes(directory, read_json(directory / MARKER))[reader::readers]:
+        data, entry = path.with_suffix(".safetensors"), read_json(path)
+        if not data.is_file():
+            problems.append(f"{data.relative_to(directory)} is missing")
+        elif data.stat().st_size != entry["bytes"]:
+            problems.append(f"{data.relative_to(directory)} has {data.stat().st_size} of {entry['bytes']} bytes")
+        elif storage.sha256(data) != entry["sha256"]:
+            problems.append(f"{data.relative_to(directory)} has another checksum than when it was written")
+    return problems
+
+
+def verify_small_files(directory: Path) -> list[str]:
+    """All that is wrong with a checkpoint but for its tensors, one line each."""
     try:
         marker = read_json(directory / MARKER)
     except CheckpointError as error:
@@ -92,16 +107,6 @@ def verify(directory: Path, reader: int = 0, readers: int = 1) -> list[str]:
             problems.append(f"{name} is missing")
         elif storage.sha256(path) != digest:
             problems.append(f"{name} has another checksum than when it was written")
-    if problems:
-        return problems
-    for path in _indexes(directory, marker)[reader::readers]:
-        data, entry = path.with_suffix(".safetensors"), read_json(path)
-        if not data.is_file():
-            problems.append(f"{data.relative_to(directory)} is missing")
-        elif data.stat().st_size != entry["bytes"]:
-            problems.append(f"{data.relative_to(directory)} has {data.stat().st_size} of {entry['bytes']} bytes")
-        elif storage.sha256(data) != entry["sha256"]:
-            problems.append(f"{data.relative_to(directory)} has another checksum than when it was written")
     return problems
 
 

@@ -22,6 +22,7 @@ from llada_mega.checkpoint.checkpoint import (
     resolve_checkpoint,
     step_name,
     verify,
+    verify_small_files,
 )
 from llada_mega.checkpoint.optimizer_state import set_adam_step, sharded_adam_state
 from llada_mega.config.schema import Config
@@ -145,9 +146,11 @@ def _from_first_rank(value: Any) -> Any:
 
 
 def _all_damaged(root: Path) -> CheckpointError:
+    newest = max(root.glob(f"{STEP_PREFIX}*"))
+    problem, *_ = [*verify_small_files(newest), "its tensors"]
     return CheckpointError(
-        f"every checkpoint in {root} is damaged; `llada-mega checkpoint verify` names the files; "
-        "checkpoint.resume=never starts over and keeps them in superseded/"
+        f"every checkpoint in {root} is damaged ({newest.name}: {problem}); `llada-mega checkpoint verify` names the "
+        "files; checkpoint.resume=never starts over and keeps them in superseded/"
     )
 
 

@@ -199,8 +199,10 @@ CASES: list[Case] = [
 
 
 def contents(run: Path) -> dict[Path, bytes]:
-    """Every file of a run but the logs, which say what went wrong."""
-    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.parent.name != "logs"}
+    """Every file of a run but those that say what went wrong, and the lock."""
+    says = ("exit.json", "lock")
+    files = (path for path in run.rglob("*") if path.is_file() and path.name not in says)
+    return {path: path.read_bytes() for path in files if path.parent.name != "logs"}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
