@@ -76,13 +76,13 @@ def test_all_damaged_is_refused_and_never_begins_anew(train: Train, tmp_path: Pa
     checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
     for path in checkpoints:
         flip_a_bit(path / "tensors" / "part_00000.safetensors")
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged; .*resume=never"):
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .step_00000004: its tensors.; .*resume=never"):
         train("run")
     with pytest.raises(CheckpointError, match="checkpoint.resume=.*step_00000002 is damaged"):
         train("run", f"checkpoint.resume={checkpoints[0]}")
     for path in checkpoints:
         (path / "COMPLETE").unlink()
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged .step_00000004: .*COMPLETE is missing"):
         train("run")
     assert sorted((tmp_path / "run" / "checkpoints").glob("step_*")) == checkpoints
     assert train("run", "checkpoint.resume=never", "trainer.max_steps=1").step == 1
