@@ -70,7 +70,8 @@ def test_two_processes_train_as_one_under_both_launchers(corpus: Path, capfd: py
         for one, two in zip(alone, metrics(name), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
             assert two["consumed_tokens"] == one["consumed_tokens"]
-        assert sorted(path.name for path in Path(f"runs/{name}/logs").glob("rank_*")) == ["rank_0000.log", "rank_0001.log"]
+        logs = sorted(path.name for path in Path(f"runs/{name}/logs").glob("rank_*"))
+        assert logs == ["rank_0000.log", "rank_0001.log"]
 
 
 def test_the_error_that_came_first_is_shown_whatever_its_rank(
