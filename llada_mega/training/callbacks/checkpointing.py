@@ -145,12 +145,12 @@ def _all_ranks(condition: bool, device: torch.device) -> bool:
 
 
 def _raise_together(error: CheckpointError | None, write: CheckpointWrite, device: torch.device) -> None:
-    """Raise on every rank when one has failed, so that none waits for it or calls its part complete."""
+    """Raise the first rank's error on every rank, so that none waits for it or calls its part complete."""
     if not _all_ranks(error is None, device):
         write.abandon()
-        raise error or CheckpointError(
-            f"checkpoint {write.directory} was not written: another rank failed; older checkpoints are intact"
-        )
+        words: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(words, None if error is None else str(error))
+        raise CheckpointError(next(told for told in words if told is not None)) from error
 
 
 def link_latest(root: Path, name: str) -> None:
