@@ -64,11 +64,14 @@ def start_processes(count: int, arguments: Sequence[str], run_dir: str | Path, c
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; the ranks were interrupted and have ended.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     processes: list[_Process] = []
     with ExitStack() as stack:
+        # Bound until the end, so that nobody else is given the port while the ranks still import; not listening, and
+        # open to reuse, so that the first rank can listen there.
+        holder = stack.enter_context(socket.socket())
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
         received: list[signal.Signals] = []
         for number in STOP_SIGNALS:
             previous = signal.signal(number, lambda caught, _: received.append(signal.Signals(caught)))

@@ -74,6 +74,24 @@ def test_two_processes_train_as_one_under_both_launchers(corpus: Path, capfd: py
         assert logs == ["rank_0000.log", "rank_0001.log"]
 
 
+def test_nobody_else_gets_the_port_before_the_first_rank_listens(tmp_path: Path) -> None:
+    """Which takes the seconds of its imports."""
+    program = """
+import socket
+port = int(os.environ["MASTER_PORT"])
+with socket.socket() as other:
+    try:
+        other.bind(("127.0.0.1", port))
+    except OSError:
+        pass
+    else:
+        sys.exit(3)
+from torch.distributed import TCPStore
+TCPStore("127.0.0.1", port, 1, is_master=True)
+"""
+    assert run_program(tmp_path, 1, program) == 0
+
+
 def test_the_error_that_came_first_is_shown_whatever_its_rank(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
