@@ -36,10 +36,7 @@ def only_run_in(run_dir: Path, patience: float = PATIENCE_SECONDS) -> Iterator[N
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("a+") as file:
         _acquire(file, run_dir, patience)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough while a forked child has the file open
+        yield
 
 
 def _acquire(file: TextIO, run_dir: Path, patience: float) -> None:

@@ -227,7 +227,8 @@ def watch_routers(bare: list[Any]) -> list[float]:
             scores_TE = torch.sigmoid(logits_TE) + router.expert_bias
             if padding is not None:
                 scores_TE = scores_TE[~padding.flatten()]
-            margins.append(routing_margin(scores_TE, 4, 4, 2))
+            if len(scores_TE):  # a micro-batch without a masked token gives the last layer none
+                margins.append(routing_margin(scores_TE, 4, 4, 2))
 
     for router in routers(bare):
         router.register_forward_hook(hook, with_kwargs=True)

@@ -14,7 +14,6 @@ import fcntl
 import os
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,6 @@ FAST_MOVES = {
 
 
 def train_on_this_rank(config: Config) -> None:
-    run.only_run_in = lambda *_: nullcontext()  # type: ignore[assignment]  # forked ranks of an earlier run may hold it
     run.run_training(config, Console(quiet=True))
 
 
@@ -140,7 +138,7 @@ class Runs:
     def _once(self, name: str, make: Callable[[Path], None]) -> Path:
         directory = self.root / name.replace(" ", "_").replace(",", "")
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "lock").open("w") as lock:
+        with directory.with_suffix(".lock").open("w") as lock:  # the run has RUN/lock
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (directory / "done").exists():
                 make(directory)
