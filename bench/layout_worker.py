@@ -22,6 +22,7 @@ from llada_kernels.partition import TILE
 
 from bench.traffic import TrafficCounter
 from llada_mega.config.compose import compose
+from llada_mega.config.curriculum import curriculum_of
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
 from llada_mega.data.batch import Batch, round_up
@@ -31,7 +32,7 @@ from llada_mega.parallel import ParallelGroups, destroy, initialize
 from llada_mega.parallel.capabilities import choose_software
 from llada_mega.planning.communication import MicroBatch, Rank, bytes_of_step
 from llada_mega.training.data import TrainingData
-from llada_mega.training.run import build_step, curriculum_of
+from llada_mega.training.run import build_step
 from llada_mega.training.step import TrainStep
 
 LEARNING_RATE = 1e-4

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from llada_mega.config.count import active_parameters, total_parameters
+from llada_mega.config.curriculum import curriculum_of
 from llada_mega.config.data import Corpus
 from llada_mega.config.layout import data_parallel_size
 from llada_mega.config.run import ParallelConfig
 from llada_mega.config.validate import validate
-from llada_mega.diffusion.curriculum import build_curriculum
 from llada_mega.diffusion.stages import ResolvedStage
 from llada_mega.errors import ConfigError
 from llada_mega.planning.hardware import Device, choose_device
@@ -110,14 +110,7 @@ class Planner:
         self.dtype: torch.dtype = getattr(torch, options.trainer.dtype)
         wanted = options.model.implementation
         self.implementation = self.device.implementation if wanted == "auto" else wanted
-        self.stages = build_curriculum(
-            options.curriculum.stages,
-            sequence_length=options.data.sequence_length,
-            global_batch_size=options.trainer.global_batch_size,
-            base_lr=options.optimizer.lr,
-            min_lr=options.optimizer.min_lr,
-            default_objective=options.objective,
-        ).stages
+        self.stages = curriculum_of(options).stages
         self.usable = self.device.memory_gib - options.assume.reserved_gib
         self._shapes: dict[int, list[Shape]] = {}
 

@@ -21,9 +21,9 @@ from llada_mega.checkpoint.checkpoint import (
     resolve_checkpoint,
     tokenizer_directory,
 )
+from llada_mega.config.curriculum import curriculum_of
 from llada_mega.config.preflight import check_paths
 from llada_mega.config.schema import Config
-from llada_mega.diffusion.curriculum import Curriculum, build_curriculum
 from llada_mega.errors import CheckpointError, TrainingError
 from llada_mega.models import build_model
 from llada_mega.parallel import ParallelGroups, destroy, initialize
@@ -146,18 +146,6 @@ def run_training(config: Config, console: Console | None = None, signals: StopSi
             ) from error
         finally:
             destroy()
-
-
-def curriculum_of(config: Config) -> Curriculum:
-    """The run's curriculum, resolved to samples."""
-    return build_curriculum(
-        config.curriculum.stages,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.trainer.global_batch_size,
-        base_lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        default_objective=config.objective,
-    )
 
 
 def initial_checkpoint(config: Config) -> Path | None:

@@ -22,12 +22,12 @@ from llada_mega.checkpoint.merge import DECAYS, best_checkpoints, merge_checkpoi
 from llada_mega.checkpoint.save import seal
 from llada_mega.checkpoint.storage import ShardReader
 from llada_mega.config.compose import compose
+from llada_mega.config.curriculum import curriculum_of
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.schema import Config
 from llada_mega.config.training import CheckpointConfig
 from llada_mega.errors import CheckpointError
 from llada_mega.training.callbacks.checkpointing import prune
-from llada_mega.training.run import curriculum_of
 from tests.checkpoint.ling import save_ling
 from tests.checkpoint.resharding import reshard
 from tests.checkpoint.test_ling import read_all

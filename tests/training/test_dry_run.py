@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from llada_mega.checkpoint.checkpoint import list_checkpoints
+from llada_mega.config.curriculum import curriculum_of
 from llada_mega.config.schema import Config
 from llada_mega.errors import TrainingError
 from llada_mega.models.model import BlockDiffusionModel
@@ -19,7 +20,7 @@ from llada_mega.training import run as run_module
 from llada_mega.training.callback import Callback
 from llada_mega.training.data import TrainingData
 from llada_mega.training.dry_run import dry_run, largest_batch
-from llada_mega.training.run import curriculum_of, run_training
+from llada_mega.training.run import run_training
 from llada_mega.training.trainer import Trainer
 from tests.training.conftest import TINY_MOE, Train
 from tests.training.rows import read_rows, untimed_state
