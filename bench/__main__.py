@@ -29,7 +29,7 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 def run_step(output: Path, images: Path) -> Any:
     """See :mod:`bench.step`."""
-    report = step.measure(step.prepare(step.benchmark_model(), step.LENGTH, step.BLOCK_SIZE), step.LENGTH, repeats=15)
+    report = step.measure(step.prepare(step.benchmark_model(), [step.LENGTH], step.BLOCK_SIZE), repeats=15)
     print("\n".join(f"{name:34}{value}" for name, value in asdict(report).items()))
     return asdict(report)
 

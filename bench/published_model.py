@@ -3,7 +3,7 @@
 Grouped-query attention with normalised queries and keys, half-rotated heads, sigmoid routing in groups with an expert
 bias, a shared expert, a first dense layer: only names and the fusion of projections differ. It is run as trainers run
 it: a dense mask for ``scaled_dot_product_attention``, a loop over experts, logits at all 2L positions. Nothing here
-makes it slower than a user would find it; ``grouped_mm`` instead of the loop is an option.
+makes it slower than a user would find it.
 
 Legend: L tokens, S = 2L positions, V vocabulary.
 """
@@ -28,13 +28,12 @@ _NAMES = {
 }
 
 
-def build(config: ModelConfig, weights: Weights, experts: str = "eager") -> nn.Module:
+def build(config: ModelConfig, weights: Weights) -> nn.Module:
     """The model with ``weights`` (LLaDA2's names, as in :mod:`bench.plain_model`), in training mode.
 
     Args:
         config: with routed experts.
         weights: float32; copied.
-        experts: ``eager``, the loop over experts, or ``grouped_mm``.
     """
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
@@ -65,7 +64,7 @@ def build(config: ModelConfig, weights: Weights, experts: str = "eager") -> nn.M
         "attn_implementation": "sdpa",
     }
     model = Glm4MoeForCausalLM(Glm4MoeConfig(**fields))
-    model.set_experts_implementation(experts)
+    model.set_experts_implementation("eager")  # the loop
     model.load_state_dict(renamed(config, weights))
     return model.float().train()
 

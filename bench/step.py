@@ -22,7 +22,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ MASK_TOKEN = 3
 LENGTH, BLOCK_SIZE = 512, 32
 GEMM_SIZE = 1536
 CPU = torch.device("cpu")
+IMPLEMENTATIONS = ("ours", "reference", "published")  # fields of Pair
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Pair:
     reference: Callable[[], float]
     published: Callable[[], float]
     published_model: torch.nn.Module
+    num_tokens: int
     step_flops: int
 
     def forget_gradients(self) -> None:
@@ -108,8 +110,9 @@ def benchmark_model() -> ModelConfig:
     )
 
 
-def prepare(config: ModelConfig, length: int, block_size: int) -> Pair:
-    """One document of ``length`` random tokens, about half of them masked; weights drawn from a fixed seed."""
+def prepare(config: ModelConfig, documents: Sequence[int], block_size: int) -> Pair:
+    """One sequence of ``documents`` (lengths) of random tokens, about half masked; weights drawn from a fixed seed."""
+    length = sum(documents)
     model = build_model(config, seed=0)
     model.train()
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
@@ -117,7 +120,7 @@ def prepare(config: ModelConfig, length: int, block_size: int) -> Pair:
     for name, weight in weights.items():
         weight.requires_grad_(not name.endswith("expert_bias"))
     tokens_L = torch.randint(MASK_TOKEN + 1, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-    batch, both_halves = (_batch(tokens_L, block_size, kept) for kept in ("needed", "all"))
+    batch, both_halves = (_batch(tokens_L, documents, block_size, kept) for kept in ("needed", "all"))
     ids_S, positions_S = both_halves.input_ids_S[: 2 * length], both_halves.position_ids_S[: 2 * length]
     weights_L = torch.zeros(length)
     weights_L[batch.logit_rows_R[: batch.num_rows]] = batch.weights_R[: batch.num_rows]
@@ -129,7 +132,7 @@ def prepare(config: ModelConfig, length: int, block_size: int) -> Pair:
         return loss.item()
 
     def reference() -> float:
-        mask_SS = plain_model.dense_mask([length], block_size)
+        mask_SS = plain_model.dense_mask(documents, block_size)
         loss = plain_model.loss(weights, config, ids_S, positions_S, mask_SS, tokens_L, weights_L)
         loss.backward()
         return loss.item()
@@ -137,14 +140,14 @@ def prepare(config: ModelConfig, length: int, block_size: int) -> Pair:
     theirs = published_model.build(config, {name: weight.detach() for name, weight in weights.items()})
 
     def published() -> float:
-        mask_SS = plain_model.dense_mask([length], block_size)
+        mask_SS = plain_model.dense_mask(documents, block_size)
         loss = published_model.loss(theirs, ids_S, positions_S, mask_SS, tokens_L, weights_L)
         loss.backward()
         return loss.item()
 
-    visible = IntervalMask.block_diffusion([length], block_size).area()
+    visible = IntervalMask.block_diffusion(documents, block_size).area()
     flops = step_flops(config, 2 * length, visible, batch.num_rows)
-    return Pair(config, model, weights, ours, reference, published, theirs, flops)
+    return Pair(config, model, weights, ours, reference, published, theirs, length, flops)
 
 
 def step_flops(config: ModelConfig, positions: int, visible_pairs: int, logit_rows: int) -> int:
@@ -188,11 +191,13 @@ def compare(pair: Pair) -> tuple[float, float, str]:
     return abs(loss - expected) / abs(expected), differences[worst], worst
 
 
-def take_turns(pair: Pair, repeats: int, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
-    """Median seconds of a step by each of the three and of the large product, after a round that is not counted."""
+def take_turns(
+    pair: Pair, repeats: int, clock: Callable[[], float] = time.process_time, names: Sequence[str] = IMPLEMENTATIONS
+) -> dict[str, float]:
+    """Median seconds of a step by each of ``names`` and of the large product, after a round that is not counted."""
     left, right = torch.randn(2, GEMM_SIZE, GEMM_SIZE)
-    takes: dict[str, list[float]] = {name: [] for name in ("ours", "reference", "published", "gemm")}
-    work = {name: getattr(pair, name, lambda: left @ right) for name in takes}
+    work = {**{name: getattr(pair, name) for name in names}, "gemm": lambda: left @ right}
+    takes: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats + 1):
         for name, function in work.items():
             start = clock()
@@ -202,15 +207,21 @@ def take_turns(pair: Pair, repeats: int, clock: Callable[[], float] = time.proce
     return {name: statistics.median(taken[1:]) for name, taken in takes.items()}
 
 
-def measure(pair: Pair, length: int, repeats: int) -> Report:
-    """Speed on one core, memory and differences."""
-    seconds = take_turns(pair, repeats)
-    rate = 2 * GEMM_SIZE**3 / seconds["gemm"]
-    floor = pair.step_flops / rate
+def peaks_mib(pair: Pair, names: Sequence[str] = IMPLEMENTATIONS) -> dict[str, float]:
+    """Peak of the allocations in a step by each of ``names``."""
     peaks = {}
-    for name in ("ours", "published", "reference"):
+    for name in names:
         peaks[name] = peak_allocation(getattr(pair, name), CPU) / 2**20
         pair.forget_gradients()
+    return peaks
+
+
+def measure(pair: Pair, repeats: int) -> Report:
+    """Speed on one core, memory and differences."""
+    length, seconds = pair.num_tokens, take_turns(pair, repeats)
+    rate = 2 * GEMM_SIZE**3 / seconds["gemm"]
+    floor = pair.step_flops / rate
+    peaks = peaks_mib(pair)
     loss_difference, gradient_difference, worst = compare(pair)
     return Report(
         tokens_per_cpu_second=length / seconds["ours"],
@@ -249,7 +260,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pair = prepare(benchmark_model(), options.length, BLOCK_SIZE)
+    pair = prepare(benchmark_model(), [options.length], BLOCK_SIZE)
     if options.threads > 1:
         gains = scaling(pair, options.repeats, options.threads)
         print(
@@ -257,7 +268,7 @@ def main() -> int:
             f"{gains['gemm']:.2f} times: {gains['ours'] / gains['gemm']:.2f} of its gain"
         )
         return _write(options.output, gains)
-    report = measure(pair, options.length, options.repeats)
+    report = measure(pair, options.repeats)
     rows = (
         ("transformers, loop over experts", report.published_tokens_per_cpu_second, report.published_peak_mib),
         ("plain PyTorch", report.reference_tokens_per_cpu_second, report.reference_peak_mib),
@@ -282,11 +293,10 @@ def _write(path: Path | None, report: dict[str, Any]) -> int:
     return 0
 
 
-def _batch(tokens_L: Tensor, block_size: int, clean_tokens: str) -> Batch:
-    length = len(tokens_L)
-    sample = Sample(tokens_L, [length], [False], torch.ones(length, dtype=torch.bool), sample_index=0)
+def _batch(tokens_L: Tensor, documents: Sequence[int], block_size: int, clean_tokens: str) -> Batch:
+    supervised_L = torch.ones(len(tokens_L), dtype=torch.bool)
     return build_batch(
-        [sample],
+        [Sample(tokens_L, list(documents), [False] * len(documents), supervised_L, sample_index=0)],
         layout="bdlm",
         block_size=block_size,
         objective=DiffusionObjective("elbo", LinearSchedule()),

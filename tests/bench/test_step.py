@@ -22,13 +22,13 @@ def moe_config() -> ModelConfig:
 
 
 def test_both_implementations_make_the_same_loss_and_gradients() -> None:
-    loss, gradient, worst = compare(prepare(moe_config(), LENGTH, BLOCK_SIZE))
+    loss, gradient, worst = compare(prepare(moe_config(), [LENGTH], BLOCK_SIZE))
     assert loss <= 1e-6
     assert gradient <= 1e-5, worst
 
 
 def test_the_published_model_does_too() -> None:
-    pair = prepare(moe_config(), LENGTH, BLOCK_SIZE)
+    pair = prepare(moe_config(), [LENGTH], BLOCK_SIZE)
     assert abs(pair.published() / pair.reference() - 1) <= 1e-6
     gradients = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in pair.weights.items()}
     expected = published_model.renamed(pair.config, gradients)
@@ -39,7 +39,7 @@ def test_the_published_model_does_too() -> None:
 
 
 def test_a_wrong_weight_is_seen() -> None:
-    pair = prepare(moe_config(), LENGTH, BLOCK_SIZE)
+    pair = prepare(moe_config(), [LENGTH], BLOCK_SIZE)
     with torch.no_grad():
         pair.weights["model.layers.2.mlp.shared_experts.up_proj.weight"][0] += 0.1
     assert compare(pair)[1] > 1e-4
@@ -48,7 +48,7 @@ def test_a_wrong_weight_is_seen() -> None:
 def test_flops_are_those_of_the_matrix_products() -> None:
     """PyTorch counts the reference's linear layers; attention is the library's count, twice more backward."""
     config = moe_config()
-    pair = prepare(config, LENGTH, BLOCK_SIZE)
+    pair = prepare(config, [LENGTH], BLOCK_SIZE)
     with FlopCounterMode(display=False) as counter:
         pair.reference()
     assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == step_flops(config, 2 * LENGTH, 0, LENGTH)
@@ -58,6 +58,6 @@ def test_flops_are_those_of_the_matrix_products() -> None:
 
 
 def test_the_report_is_consistent() -> None:
-    report = measure(prepare(moe_config(), LENGTH, BLOCK_SIZE), LENGTH, repeats=2)
+    report = measure(prepare(moe_config(), [LENGTH], BLOCK_SIZE), repeats=2)
     assert report.ratio > 0 and report.peak_mib > 0 and report.reference_peak_mib > 0
     assert abs(report.share_of_floor * LENGTH / report.tokens_per_cpu_second / report.floor_seconds - 1) < 1e-9
