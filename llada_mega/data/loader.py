@@ -8,15 +8,18 @@ no noise level.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llada_mega.data.batch import Batch, build_batch
 from llada_mega.data.order import CurriculumSamples
+from llada_mega.data.sample import Sample
 from llada_mega.diffusion.schedule import get_schedule
+from llada_mega.diffusion.stages import ResolvedStage
 from llada_mega.errors import ConfigError, DataError, LladaMegaError
 from llada_mega.ranks import signals_held_back
 
@@ -34,6 +37,23 @@ class BatchOptions:
     row_multiple: int = 256
 
 
+def stage_batch(samples: Sequence[Sample], stage: ResolvedStage, options: BatchOptions, **changed: Any) -> Batch:
+    """The micro-batch of ``samples`` as ``stage`` wants it; ``changed`` are arguments of :func:`build_batch`."""
+    objective = stage.objective
+    arguments: dict[str, Any] = {
+        "layout": stage.layout,
+        "block_size": stage.block_size,
+        "objective": objective.build(),
+        "schedule": get_schedule(objective.schedule),
+        "t_min": objective.t_min,
+        "t_max": objective.t_max,
+        "level": objective.level,
+        "stage_index": stage.index,
+        **vars(options),
+    }
+    return build_batch(samples, **(arguments | changed))
+
+
 Place = tuple[int, int, int]  # consumed samples of the global batch; first sample and number of samples to take
 
 
@@ -47,21 +67,9 @@ class MicroBatches(Dataset[Batch | LladaMegaError]):
     def __getitem__(self, place: Place) -> Batch | LladaMegaError:
         consumed, first, size = place
         stage = self.samples.curriculum.stage_at(consumed)
-        objective = stage.objective
         try:
-            return build_batch(
-                [self.samples[index] for index in range(first, first + size)],
-                layout=stage.layout,
-                block_size=stage.block_size,
-                objective=objective.build(),
-                schedule=get_schedule(objective.schedule),
-                t_min=objective.t_min,
-                t_max=objective.t_max,
-                level=objective.level,
-                stage_index=stage.index,
-                consumed_samples=consumed,
-                **vars(self.options),
-            )
+            samples = [self.samples[index] for index in range(first, first + size)]
+            return stage_batch(samples, stage, self.options, consumed_samples=consumed)
         except LladaMegaError as error:
             return error
 

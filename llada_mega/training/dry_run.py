@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from llada_mega.config.schema import Config
-from llada_mega.data.batch import Batch, build_batch
-from llada_mega.data.loader import BatchOptions
+from llada_mega.data.batch import Batch
+from llada_mega.data.loader import BatchOptions, stage_batch
 from llada_mega.data.sample import Sample
 from llada_mega.diffusion.curriculum import Curriculum, ResolvedStage
-from llada_mega.diffusion.schedule import get_schedule
 from llada_mega.errors import TrainingError
 from llada_mega.training.resume import sharded_training_state
 from llada_mega.training.step import TrainStep
@@ -61,20 +60,7 @@ def largest_batch(config: Config, curriculum: Curriculum, options: BatchOptions)
     candidates = []
     for stage in curriculum.stages:
         samples = [_one_document(stage.sequence_length, index) for index in range(config.trainer.micro_batch_size)]
-        objective = stage.objective
-        batch = build_batch(
-            samples,
-            layout=stage.layout,
-            block_size=stage.block_size,
-            objective=objective.build(),
-            schedule=get_schedule(objective.schedule),
-            t_min=ALMOST_ALL,
-            t_max=1.0,
-            level=objective.level,
-            stage_index=stage.index,
-            **vars(options),
-        )
-        candidates.append((stage, batch))
+        candidates.append((stage, stage_batch(samples, stage, options, t_min=ALMOST_ALL, t_max=1.0)))
     return max(candidates, key=lambda candidate: candidate[1].input_ids_S.numel())
 
 
