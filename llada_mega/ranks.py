@@ -28,6 +28,11 @@ STOPPED_STATUS = 85  # exit status of a process that was asked to stop, saved it
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def launched_rank() -> int:
+    """This process's rank as its launcher says, before there are process groups; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def has_launcher() -> bool:
     """True when errors of this process are shown by the one that started it."""
     return ERROR_FILE_VARIABLE in os.environ
@@ -108,7 +113,7 @@ def rank_log(run_dir: str | Path) -> Iterator[None]:
     It holds the log records and warnings of this process, its last error, and the stacks of a fatal signal. All but
     rank 0 also write there what they would have written to the terminal, C and C++ libraries included.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     path = log_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llada_mega.errors import TrainingError
+from llada_mega.ranks import launched_rank
 
 logger = logging.getLogger("llada_mega")
 LOCK_FILE = "lock"
@@ -30,7 +31,7 @@ def only_run_in(run_dir: Path, patience: float = PATIENCE_SECONDS) -> Iterator[N
     Raises:
         TrainingError: another process held it for ``patience`` seconds.
     """
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)

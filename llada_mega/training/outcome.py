@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llada_mega.checkpoint.directory import write_json
 from llada_mega.errors import TrainingError
-from llada_mega.ranks import record_failure
+from llada_mega.ranks import launched_rank, record_failure
 from llada_mega.training.state import TrainState
 
 logger = logging.getLogger("llada_mega")
@@ -32,7 +32,7 @@ def recorded(outcome: Outcome, run_dir: Path) -> Iterator[None]:
 
     The file of an earlier process goes first: one that is killed leaves none.
     """
-    if _is_first_rank():
+    if launched_rank() == 0:
         (run_dir / EXIT_FILE).unlink(missing_ok=True)
     try:
         yield
@@ -62,10 +62,6 @@ def end_process(outcome: Outcome, run_dir: Path, message: str) -> None:
 
 
 def _write(outcome: Outcome, run_dir: Path, status: str, reason: str) -> None:
-    if _is_first_rank():
+    if launched_rank() == 0:
         position = {"step": outcome.state.step, "consumed_samples": outcome.state.consumed_samples}
         write_json(run_dir / EXIT_FILE, {"status": status, **position, "reason": reason})
-
-
-def _is_first_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
