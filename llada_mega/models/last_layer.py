@@ -22,16 +22,15 @@ from llada_mega.models import mask_carrier
 class LastLayer(TransformerLayer):
     """Returns the logit rows ``[R (/tp), B, H]`` where the mask carrier names them, all rows otherwise.
 
-    Of all tokens the logit rows alone count in the expert load. Megatron's all-gather dispatcher and tensor-parallel
-    communication overlap want as many tokens on every rank and in every layer: with them all rows are computed, which
-    gives the same numbers.
+    Of all tokens the logit rows alone count in the expert load. Megatron's all-gather dispatcher wants as many tokens
+    on every rank: with it all rows are computed, which gives the same numbers.
     """
 
     def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **version_specific: Any) -> None:
         super().__init__(config, *args, pg_collection=pg_collection, **version_specific)
         groups, is_moe = pg_collection, config.num_moe_experts is not None
-        gathers_tokens = is_moe and config.moe_token_dispatcher_type == "allgather" and groups.tp_ep.size() > 1
-        self.computes_all_rows = gathers_tokens or config.tp_comm_overlap
+        all_gather = is_moe and config.moe_token_dispatcher_type == "allgather"
+        self.computes_all_rows = all_gather and groups.tp_ep.size() > 1
         self.self_attention.core_attention.chosen_rows_only = not self.computes_all_rows
         self.tp_group = groups.tp
         self._chosen: mask_carrier.ChosenRows | None = None
