@@ -39,3 +39,19 @@ def no_process_groups_left() -> Iterator[None]:
     groups = sys.modules.get("llada_mega.parallel.groups")
     if groups is not None:
         groups.destroy()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to work in, with the indexed dataset ``corpus``."""
+    import numpy as np
+
+    from llada_mega.data.index_file import IndexWriter
+
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    with IndexWriter("corpus", np.dtype(np.uint16)) as writer:
+        for length in generator.integers(20, 300, 100).tolist():
+            writer.add(generator.integers(1, 250, length).astype(np.uint16), [length])
+        writer.finish()
+    return tmp_path

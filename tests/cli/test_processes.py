@@ -8,16 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from llada_mega.cli import main
 from llada_mega.commands import processes
 from llada_mega.commands.processes import start_processes
-from llada_mega.data.index_file import IndexWriter
 from llada_mega.errors import TrainingError
 from llada_mega.ranks import ERROR_FILE_VARIABLE, log_path, record_failure
 
@@ -35,18 +32,6 @@ def fail(words):
 def run_program(tmp_path: Path, count: int, program: str) -> int:
     """The status of ``program`` on ``count`` ranks; it knows ``rank`` and ``fail(words)``."""
     return start_processes(count, [], tmp_path, command=[sys.executable, "-c", PRELUDE + program])
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory to work in, with the indexed dataset ``corpus``."""
-    monkeypatch.chdir(tmp_path)
-    generator = np.random.default_rng(0)
-    with IndexWriter("corpus", np.dtype(np.uint16)) as writer:
-        for length in generator.integers(20, 300, 100).tolist():
-            writer.add(generator.integers(1, 250, length).astype(np.uint16), [length])
-        writer.finish()
-    yield tmp_path
 
 
 def train_arguments(name: str) -> list[str]:

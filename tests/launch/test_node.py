@@ -7,10 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from launch.hardware import Hardware
@@ -18,23 +16,10 @@ from launch.node import checkpoint_bytes, main, make_plan, summary
 from launch.restarts import MISTAKE
 from llada_mega.config.compose import compose
 from llada_mega.config.schema import Config
-from llada_mega.data.index_file import IndexWriter
 from llada_mega.errors import LladaMegaError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("data.train=corpus", "trainer.max_steps=2", "trainer.global_batch_size=4", "logging.progress=false")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory to work in, with the indexed dataset ``corpus``."""
-    monkeypatch.chdir(tmp_path)
-    generator = np.random.default_rng(0)
-    with IndexWriter("corpus", np.dtype(np.uint16)) as writer:
-        for length in generator.integers(20, 300, 50).tolist():
-            writer.add(generator.integers(1, 250, length).astype(np.uint16), [length])
-        writer.finish()
-    yield tmp_path
 
 
 @pytest.fixture
