@@ -80,7 +80,15 @@ TCPStore("127.0.0.1", port, 1, is_master=True)
 def test_the_error_that_came_first_is_shown_whatever_its_rank(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    program = "time.sleep(0.2 * (3 - rank)); fail(f'rank {rank} is ill'); time.sleep(9)"
+    program = f"""
+told = "{tmp_path}/told_"  # each rank fails after the next one has, however long they take to start
+while rank < 2 and not os.path.exists(told + str(rank + 1)):
+    time.sleep(0.01)
+time.sleep(0.1)
+fail(f"rank {{rank}} is ill")
+open(told + str(rank), "w").close()
+time.sleep(9)
+"""
     assert run_program(tmp_path, 3, program) == 2
     assert capfd.readouterr().err == "error (rank 2): rank 2 is ill\n"
 
