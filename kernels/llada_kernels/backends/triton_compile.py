@@ -9,6 +9,7 @@ is what such a GPU would be given, specialisations included.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from llada_kernels.backends.triton_tiles import Launches
 from llada_kernels.interval_mask import IntervalMask
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+# Triton keeps what it compiled for a device, longer than a driver lives: each driver has a number of its own.
+_devices = itertools.count()
 _MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 # Shared memory that one program can have, in bytes, by compute capability (CUDA programming guide, table of limits).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -49,6 +52,7 @@ class RecordingDriver:
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
+        self.device = next(_devices)
         self.kernels: list[Kernel] = []
         self.utils = SimpleNamespace(
             load_binary=self._load,
@@ -62,7 +66,7 @@ class RecordingDriver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return id(self)  # Triton keeps what it compiled for a device: each driver starts with nothing
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
