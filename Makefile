@@ -95,7 +95,7 @@ gpu-first: $(VENV)/.installed
 
 # Every layout against one process; `make test` runs some of them.
 test-full: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -n $(PYTEST_WORKERS) $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST)
 
 kernels-aot: $(AOT)/.installed
 	@PYTHONPATH=kernels $(AOT)/bin/python -m llada_kernels.backends.triton_compile

@@ -69,11 +69,11 @@ class SlurmCluster:
 
     Args:
         directory: for configuration, state, logs; must be short, munge's socket lies in it.
-        kill_wait: seconds between TERM and KILL when a job is cancelled or its time is over.
+        kill_wait: seconds between TERM and KILL when a job is cancelled or its time is over; Slurm's own default.
         node_timeout: seconds after which a node whose daemon does not answer is down.
     """
 
-    def __init__(self, directory: Path, *, nodes: int = 2, kill_wait: int = 10, node_timeout: int = 10) -> None:
+    def __init__(self, directory: Path, *, nodes: int = 2, kill_wait: int = 30, node_timeout: int = 10) -> None:
         self.directory, self.nodes = directory, [f"n{index}" for index in range(1, nodes + 1)]
         self.config = directory / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.config)}

@@ -17,7 +17,7 @@ from llada_mega.data.index_file import IndexWriter
 from tests.slurm.cluster import SlurmCluster
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("slurm")]  # one cluster, one run left alone
 
 COMPARED = ("loss", "ce_masked", "mask_ratio", "grad_norm", "lr", "consumed_samples", "consumed_tokens")
 LAST_STEP = 40
