@@ -81,6 +81,7 @@ RUNS = {
     "tiny dense": run_of(64, 1, 64, "model=tiny"),
     "dense, tied tables, bf16": run_of(512, 2, 32, *DENSE, "trainer.dtype=bfloat16", "model.tie_embeddings=true"),
     "dense, MDLM": run_of(512, 4, 512, *DENSE),
+    "dense, two chunks of logits": run_of(512, 8, 512, *DENSE, "model.num_layers=2"),
     "dense, full recomputation": run_of(512, 4, 512, *DENSE, "parallel.recompute=full"),
     "experts": run_of(512, 1, 32, *MOE),
     "experts, bf16": run_of(1024, 2, 32, *MOE, "trainer.dtype=bfloat16"),

@@ -117,13 +117,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits_CV, labels_C, owned_C, columns_C, first=first, tp_group=tp_group
             )
             if hidden_grad_RH is None:
+                del logits_CV  # or it would live until the next chunk's are there
                 continue
             # probabilities now: p - onehot is the gradient of the cross entropy
             logits_CV.scatter_add_(1, columns_C[:, None], -owned_C[:, None].to(wide))
             logits_CV *= weights_R[rows, None]
             gradient_CV = logits_CV.to(hidden_RH.dtype)
+            del logits_CV
             torch.mm(gradient_CV, weight_VH, out=hidden_grad_RH[rows])
             weight_grad_VH = _accumulate(weight_grad_VH, gradient_CV.t(), hidden_CH, wide)
+            del gradient_CV
         loss_sum = (cross_entropy_R * weights_R).sum()
         ctx.tp_group = tp_group
         if hidden_grad_RH is not None:

@@ -155,20 +155,20 @@ def rotary(model: ModelConfig, sizes: Sizes) -> float:
 
 
 def logits(model: ModelConfig, vocab: int, parallel: ParallelConfig, sizes: Sizes) -> float:
-    """The largest moment of the chunked cross entropy: gradients of the rows, two chunks, the output's gradient.
+    """The largest moment of the chunked cross entropy: gradients of the rows and of the output matrix, one chunk.
 
-    Under sequence parallelism also the rows, gathered. A chunk's logits live until those of the next
-    one are there, in fp32 beside the model's dtype. Its contribution to the gradient of the output matrix is a matrix
-    by itself only where dtypes differ.
+    Under sequence parallelism also the rows, gathered. Logits are there in the model's dtype and in fp32 when they are
+    made, their gradients in the model's dtype alone. A chunk's contribution to the gradient of the output matrix is a
+    matrix by itself only where dtypes differ.
     """
     rows = (2 if parallel.sp else 1) * sizes.logit_rows * model.hidden_size * sizes.element
-    chunk = min(CHUNK_ROWS, sizes.logit_rows)
-    last = min(chunk, max(sizes.logit_rows - chunk, 0))
+    first = min(CHUNK_ROWS, sizes.logit_rows)
+    second = min(CHUNK_ROWS, sizes.logit_rows - first)
     mixed = 0 if sizes.element == WIDE else sizes.element
     matrix = vocab * model.hidden_size
-    two_chunks = (chunk + last) * vocab * (WIDE + mixed) + (matrix * WIDE if last else 0)
-    one_chunk = chunk * vocab * (WIDE + mixed) + matrix * (WIDE + mixed)
-    return rows + max(two_chunks, one_chunk)
+    made = max(first * vocab * (WIDE + mixed), second and second * vocab * (WIDE + mixed) + matrix * WIDE)
+    used = first * vocab * sizes.element + matrix * (WIDE + mixed)
+    return rows + max(made, used)
 
 
 def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:

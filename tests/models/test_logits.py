@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.live_memory import LiveMemory
 from llada_mega.models.logits import chunked_cross_entropy
 from llada_mega.parallel import ensure_single_process
 from tests.models.helpers import assert_close
@@ -68,6 +69,24 @@ def test_no_gradient_is_computed_when_none_is_wanted() -> None:
     expected, _, _ = plain(hidden, weight, labels, weights)
     assert not out.loss_sum.requires_grad
     assert_close(out.loss_sum, expected, 1e-6)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_logits_of_one_chunk_are_there_at_a_time(gradients: bool) -> None:
+    group, rows, hidden, vocab = ensure_single_process().tp, 512, 8, 1024
+    hidden_RH = torch.randn(rows, hidden, requires_grad=gradients)
+    weight_VH = torch.randn(vocab, hidden, requires_grad=gradients)
+    labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+
+    def peak(chunk_rows: int) -> int:
+        with LiveMemory({}) as tracker:
+            chunked_cross_entropy(
+                hidden_RH, weight_VH, labels, weights, vocab_size=vocab, tp_group=group, chunk_rows=chunk_rows
+            )
+        return tracker.peak
+
+    whole, quarter = peak(rows), peak(rows // 4)
+    assert whole - quarter == pytest.approx(3 / 4 * rows * vocab * 4, rel=0.05)
 
 
 def test_a_tie_goes_to_the_smallest_token_id() -> None:
