@@ -94,8 +94,8 @@ def _norms(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes, behind: S
 
 
 def _feed_forward(width: int, sizes: Sizes) -> float:
-    """Gate and up, silu(gate), up, their product."""
-    return sizes.positions * 5 * width * sizes.element
+    """Gate and up, and what they give; between TransformerEngine's linear layers silu(gate) and up once more."""
+    return sizes.positions * (5 if sizes.te else 3) * width * sizes.element
 
 
 def _router(model: ModelConfig, sizes: Sizes) -> float:
@@ -174,8 +174,8 @@ def logits(model: ModelConfig, vocab: int, parallel: ParallelConfig, sizes: Size
 def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:
     """Gradients and temporaries at the largest moment of a layer's backward pass, in its feed-forward network.
 
-    Dense: the gradient that came in and those of the three inner tensors, when the product of two is gone. Experts: the
-    gradient that came in and the one that goes out, scratch rows, and the weight gradients of all experts, unless they
+    Dense: the gradient that came in and those of the three inner tensors, when the product of two is gone, and ours
+    makes silu(gate) again. Experts: the gradient that came in and the one that goes out, scratch rows, and the weight gradients of all experts, unless they
     are added to their buffers at once.
     """
     sizes = _behind_attention(model, parallel, index, sizes)
@@ -183,7 +183,7 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
     stream = sizes.tokens * hidden * element
     if not model.is_moe_layer(index):
         inner = sizes.positions * model.ffn_hidden_size // parallel.tp * element
-        return {"backward work": stream + 3 * inner, "feed-forward": -inner}
+        return {"backward work": stream + (3 if sizes.te else 4) * inner, "feed-forward": -inner}
     width = model.moe.expert_ffn_hidden_size // parallel.etp
     if sizes.te:
         routes = sizes.tokens * sizes.routes_a_token
