@@ -77,6 +77,7 @@ def build_transformer_config(
         "add_qkv_bias": model.qkv_bias,
         "gated_linear_unit": True,
         "activation_func": F.silu,
+        "use_te_activation_func": implementation == "local",  # the activation is a module: ours, not TE's
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_eps,
         "qk_layernorm": model.qk_norm,

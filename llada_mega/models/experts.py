@@ -21,6 +21,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llada_mega.models.swiglu import swiglu_gradient_
+
 
 class ExpertColumn(ColumnParallelLinear):
     """Holds a weight. It is called, not read, so that hooks run that wait for the parameter (overlapped all-gather)."""
@@ -132,9 +134,7 @@ class _Experts(torch.autograd.Function):
             second_grads.append(grad_nH.t().mm(active_nF.mul_(share_n[:, None])))
 
             grad_active_nF.mul_(share_n[:, None])
-            grad_gate_nF, grad_up_nF = grad_inner_n2F.chunk(2, dim=1)
-            torch.mul(grad_active_nF, silu_nF, out=grad_up_nF)
-            torch.ops.aten.silu_backward.grad_input(grad_active_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF)
+            swiglu_gradient_(silu_nF, grad_active_nF, inner_n2F, grad_inner_n2F)
             first_grads.append(grad_inner_n2F.t().mm(_gather(x_TH, place, row_nH)))
             _add(grad_x_TH, place, torch.mm(grad_inner_n2F, first, out=row_nH))
         return grad_x_TH, grad_share_N, None, None, *first_grads, *second_grads

@@ -24,6 +24,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llada_mega.models.swiglu import swiglu_gradient_
+
 ALIGNMENT = 16  # bytes: rows of both factors start at a multiple of it
 
 
@@ -139,9 +141,7 @@ class _GroupedExperts(torch.autograd.Function):
 
         grad_active_NF.mul_(share_N[:, None])
         grad_inner_N2F = torch.empty_like(inner_N2F)
-        grad_gate_NF, grad_up_NF = grad_inner_N2F.chunk(2, dim=1)
-        torch.mul(grad_active_NF, silu_NF, out=grad_up_NF)
-        torch.ops.aten.silu_backward.grad_input(grad_active_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
+        swiglu_gradient_(silu_NF, grad_active_NF, inner_N2F, grad_inner_N2F)
         grad_first_E2FH = F.grouped_mm(grad_inner_N2F.t(), _gather(x_TH, token_N), offs=ends_E)
         grad_x_TH = _sum(F.grouped_mm(grad_inner_N2F, first_E2FH, offs=ends_E), order_TK)
         return grad_x_TH, grad_share_N, None, None, None, *grad_first_E2FH.unbind(), *grad_second_EHF.unbind()

@@ -13,6 +13,7 @@ from llada_mega.models.experts import ExpertColumn, ExpertRow, FusedExperts
 from llada_mega.models.grouped_experts import GroupedExperts
 from llada_mega.models.norm import RMSNorm
 from llada_mega.models.self_attention import IntervalSelfAttention
+from llada_mega.models.swiglu import SwiGLU
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LayerModules:
         column, row: linear layers whose output (input) features are split over tensor-parallel ranks.
         experts: all routed experts of a rank.
         expert_column, expert_row: the linear layers that ``experts`` is made of.
+        activation: between the two linear layers of an MLP; None: unfused, by Megatron.
         norm_column: a norm and the column-parallel linear layer behind it as one module; None where there is none.
     """
 
@@ -35,6 +37,7 @@ class LayerModules:
     experts: Any
     expert_column: Any
     expert_row: Any
+    activation: Any = None
     norm_column: Any = None
 
 
@@ -56,6 +59,7 @@ def local_modules(fused_weight_gradients: bool, grouped_experts: bool = False) -
         experts=SequentialMLP if megatron_experts else our_experts,
         expert_column=ColumnParallelLinear if megatron_experts else ExpertColumn,
         expert_row=RowParallelLinear if megatron_experts else ExpertRow,
+        activation=SwiGLU,
     )
 
 

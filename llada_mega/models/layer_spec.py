@@ -45,9 +45,11 @@ def layer_spec(model: ModelConfig, layer_index: int, modules: LayerModules) -> M
     )
     if is_moe:
         linears, shared_linears = (modules.expert_column, modules.expert_row), (modules.column, modules.row)
-        mlp = megatron_compat.moe_mlp(BalancedRouter, modules.experts, linears, shared_linears)
+        mlp = megatron_compat.moe_mlp(BalancedRouter, modules.experts, linears, shared_linears, modules.activation)
     else:
-        mlp = megatron_compat.dense_mlp(modules.norm_column if is_fused else modules.column, modules.row)
+        mlp = megatron_compat.dense_mlp(
+            modules.norm_column if is_fused else modules.column, modules.row, modules.activation
+        )
     separate_norms = [] if is_fused else [ATTENTION_NORM] if is_moe else [ATTENTION_NORM, DENSE_NORM]
     return ModuleSpec(
         module=LastLayer if layer_index == model.num_layers - 1 else TransformerLayer,

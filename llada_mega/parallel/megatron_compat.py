@@ -39,15 +39,24 @@ def transformer_config(**fields: Any) -> TransformerConfig:
         return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
 
 
-def dense_mlp(column: Any, row: Any) -> Any:
-    """Spec of a dense MLP made of the linear layers ``column`` (which may hold the norm before it) and ``row``."""
-    submodules = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+def dense_mlp(column: Any, row: Any, activation: Any) -> Any:
+    """Spec of a dense MLP made of the linear layers ``column`` (which may hold the norm before it) and ``row``.
+
+    ``activation`` is the class of the module between them, or None: what the config says.
+    """
+    submodules = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation)
     if SPECS_ARE_CALLABLES:
         return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def moe_mlp(router: Callable[..., Any], experts: Any, linears: tuple[Any, Any], shared_linears: tuple[Any, Any]) -> Any:
+def moe_mlp(
+    router: Callable[..., Any],
+    experts: Any,
+    linears: tuple[Any, Any],
+    shared_linears: tuple[Any, Any],
+    activation: Any,
+) -> Any:
     """Spec of an MoE layer and, where the config has one, its shared expert.
 
     Args:
@@ -55,16 +64,18 @@ def moe_mlp(router: Callable[..., Any], experts: Any, linears: tuple[Any, Any], 
         experts: class of all routed experts of a rank.
         linears: the first and the second linear layer that ``experts`` is made of.
         shared_linears: those of the shared expert.
+        activation: class of the module between them, or None: what the config says.
     """
     submodules = GroupedSubmodules if issubclass(experts, TEGroupedMLP) else MLPSubmodules
-    shared_experts = _builder(
-        SharedExpertMLP, MLPSubmodules(linear_fc1=shared_linears[0], linear_fc2=shared_linears[1])
-    )
+
+    def parts(submodules: Any, linears: tuple[Any, Any]) -> Any:
+        return submodules(linear_fc1=linears[0], linear_fc2=linears[1], activation_func=activation)
+
     return _builder(
         MoELayer,
         MoESubmodules(
-            experts=_builder(experts, submodules(linear_fc1=linears[0], linear_fc2=linears[1])),
-            shared_experts=shared_experts,
+            experts=_builder(experts, parts(submodules, linears)),
+            shared_experts=_builder(SharedExpertMLP, parts(MLPSubmodules, shared_linears)),
             router=router,
         ),
     )

@@ -30,6 +30,7 @@ def experts_of(kind: str, dtype: torch.dtype) -> torch.nn.Module:
     groups = ensure_single_process()
     modules = local_modules(fused_weight_gradients=kind == "megatron")
     config = build_transformer_config(moe_config(), groups.config, dtype)
+    config.use_te_activation_func = False  # Megatron's own SwiGLU
     submodules = MLPSubmodules(linear_fc1=modules.expert_column, linear_fc2=modules.expert_row)
     experts = modules.experts(len(COUNTS), config, submodules, pg_collection=groups.collection)
     assert type(experts) is (SequentialMLP if kind == "megatron" else FusedExperts)
