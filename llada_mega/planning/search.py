@@ -56,9 +56,10 @@ def search_layouts(options: PlanOptions) -> Search:
 def candidates(options: PlanOptions, node_size: int, implementation: str) -> Iterator[tuple[ParallelConfig, int]]:
     """Layouts and micro-batch sizes that :func:`validate` accepts on ``options.gpus`` devices."""
     model, gpus = options.model, options.gpus or 1
-    cheap = ["shared_experts"] if model.is_moe else []
-    if implementation == "te":
-        cheap += ["layernorm", "moe_act"] if model.is_moe else ["layernorm"]
+    if implementation == "te":  # a shared expert would communicate again under tensor parallelism
+        cheap = ["layernorm", "moe_act"] if model.is_moe else ["layernorm"]
+    else:
+        cheap = ["shared_experts"] if model.is_moe else []
     inside = [size for size in divisors(gpus) if size <= node_size]
     experts = [size for size in divisors(model.moe.num_experts) if gpus % size == 0] if model.is_moe else [1]
     stages = [size for size in divisors(gpus) if size <= model.num_layers]
