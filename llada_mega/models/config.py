@@ -92,7 +92,7 @@ def build_transformer_config(
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "transformer_impl": "transformer_engine" if implementation == "te" else "local",
-        "bias_activation_fusion": False,
+        "bias_activation_fusion": implementation == "te",  # keeps its input alone, as ours does
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": implementation == "te",  # takes angles [S, 1, 1, d], so one sequence a call

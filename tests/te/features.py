@@ -90,7 +90,9 @@ def check_experts() -> None:
     layers = [layer.mlp for layer in build().decoder.layers if isinstance(layer.mlp, MoELayer)]
     assert {type(layer.experts).__name__ for layer in layers} == {"TEGroupedMLP"}
     assert all(layer.token_dispatcher.config.moe_permute_fusion for layer in layers)
-    print("experts: TEGroupedMLP, fused permutation")
+    for activated in (*(layer.experts for layer in layers), *(layer.shared_experts for layer in layers)):
+        assert activated.config.bias_activation_fusion and activated.activation_func is F.silu
+    print("experts: TEGroupedMLP, fused permutation, fused SwiGLU")
 
 
 def main() -> int:
