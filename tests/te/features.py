@@ -14,6 +14,7 @@ import dataclasses  # noqa: E402
 
 import megatron.core  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from megatron.core.fp8_utils import get_fp8_recipe  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 
