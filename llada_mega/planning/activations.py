@@ -175,8 +175,8 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
     """Gradients and temporaries at the largest moment of a layer's backward pass, in its feed-forward network.
 
     Dense: the gradient that came in and those of the three inner tensors, when the product of two is gone, and ours
-    makes silu(gate) again. Experts: the gradient that came in and the one that goes out, scratch rows, and the weight gradients of all experts, unless they
-    are added to their buffers at once.
+    makes silu(gate) again. Experts: the gradient that came in and the one that goes out, scratch rows, and the weight
+    gradients of all experts, unless they are added to their buffers at once.
     """
     sizes = _behind_attention(model, parallel, index, sizes)
     hidden, element = model.hidden_size, sizes.element

@@ -24,6 +24,8 @@ class Assumptions:
     link_efficiency: float = 0.7  # share of the bandwidth of links inside a node and of the network
     overlapped: float = 0.8  # share of gradient and weight traffic that parallel.overlap hides
     reserved_gib: float = 6.0  # of device memory: CUDA context, NCCL buffers, workspaces, fragmentation
+    process_gib: float = 4.0  # host memory of a rank's process: interpreter, libraries, the host side of CUDA and NCCL
+    worker_gib: float = 0.25  # host memory of a data worker, of which each rank has data.num_workers
 
 
 @dataclass

@@ -18,7 +18,8 @@ from llada_mega.config.validate import validate
 from llada_mega.diffusion.stages import ResolvedStage
 from llada_mega.errors import ConfigError
 from llada_mega.planning.hardware import Device, choose_device
-from llada_mega.planning.memory import GIB, Copies, peak_memory, sizes_of
+from llada_mega.planning.host import host_memory
+from llada_mega.planning.memory import GIB, Copies, Sizes, peak_memory, sizes_of
 from llada_mega.planning.options import PlanOptions
 from llada_mega.planning.shapes import Shape, shape_of_stage
 from llada_mega.planning.share import Share, share_of_stage
@@ -60,7 +61,13 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The ranks of one pipeline stage: what they hold, and their peak over the whole curriculum, in GiB."""
+    """The ranks of one pipeline stage: what they hold, and their peak over the whole curriculum, in GiB.
+
+    Attributes:
+        memory_gib, total_gib: device memory.
+        host_gib: host memory of the first of them, which copies most for a checkpoint.
+        node_host_gib: of those of them that are on its node, all together.
+    """
 
     pipeline_stage: int
     layers: int
@@ -70,6 +77,8 @@ class RankPlan:
     memory_gib: dict[str, float]
     total_gib: float
     fits: bool
+    host_gib: dict[str, float]
+    node_host_gib: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class Plan:
     parallel: dict[str, Any]
     micro_batch_size: int
     dtype: str
+    async_save: bool
     ranks: tuple[RankPlan, ...]
     stages: tuple[StagePlan, ...]
     assume: dict[str, Any]
@@ -152,6 +162,7 @@ class Planner:
             parallel=asdict(parallel),
             micro_batch_size=micro_batch_size,
             dtype=options.trainer.dtype,
+            async_save=options.checkpoint.async_save,
             ranks=ranks,
             stages=stages,
             assume=asdict(options.assume),
@@ -188,23 +199,38 @@ class Planner:
             if not any(other != extent and other[0] >= extent[0] and other[1] >= extent[1] for other in names)
         ]
         peaks = [
-            (peak_memory(self.options.model, parallel, share, copies, sizes, count), name)
+            (peak_memory(self.options.model, parallel, share, copies, sizes, count), name, sizes)
             for name, shape in largest
             for sizes in [self._sizes(shape, parallel, shape.most_rows)]
         ]
-        peak, name = max(peaks, key=lambda found: found[0].total)
+        peak, name, sizes = max(peaks, key=lambda found: found[0].total)
         total = peak.total / GIB
-        parts = {component: count / GIB for component, count in peak.components.items()}
+        host, node = self._host(share, parallel, copies, sizes)
         return RankPlan(
             share.stage,
             len(share.layers),
             share.total_parameters,
             peak.moment,
             name,
-            parts,
+            _gib(peak.components),
             total,
             total <= self.usable,
+            _gib(host),
+            sum(_gib(node).values()),
         )
+
+    def _host(
+        self, share: Share, parallel: ParallelConfig, copies: Copies, sizes: Sizes
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Host memory of the first rank of a stage, and of all that are with it on its node."""
+        assume = self.options.assume
+        processes = (assume.process_gib + self.options.data.num_workers * assume.worker_gib) * GIB
+        ranks = min(self.device.node_size, parallel.tp * copies.dense)
+        rank, node = (
+            host_memory(self.options.model, parallel, share, copies, sizes, processes=processes, ranks=number)
+            for number in (1, ranks)
+        )
+        return rank, node
 
     def _stage(
         self, stage: ResolvedStage, shape: Shape, parallel: ParallelConfig, micro_batch_size: int, gpus: int
@@ -250,7 +276,7 @@ class Planner:
             positions=sizes.positions,
             logit_rows=sizes.logit_rows,
             tflop=flops / 1e12,
-            sent_gib={axis: count / GIB for axis, count in sent.items()},
+            sent_gib=_gib(sent),
             seconds=asdict(time),
             step_seconds=time.total,
             mfu=flops / (time.total * gpus * self.device.peak_tflops[options.trainer.dtype] * 1e12),
@@ -259,7 +285,7 @@ class Planner:
             gpu_hours=days * 24 * gpus,
         )
 
-    def _sizes(self, shape: Shape, parallel: ParallelConfig, rows: float) -> Any:
+    def _sizes(self, shape: Shape, parallel: ParallelConfig, rows: float) -> Sizes:
         return sizes_of(
             self.options.model,
             parallel,
@@ -325,3 +351,7 @@ def _possible_devices(options: PlanOptions) -> Sequence[int]:
 def _different_stages(parallel: ParallelConfig) -> list[int]:
     """Pipeline stages that may take different times: the ends, and one between them."""
     return sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})
+
+
+def _gib(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size / GIB for name, size in parts.items()}

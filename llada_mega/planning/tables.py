@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llada_mega.config.run import ParallelConfig
+from llada_mega.planning.host import CHECKPOINT, HOST_COMPONENTS
 from llada_mega.planning.memory import COMPONENTS
 from llada_mega.planning.plan import Plan, RankPlan, StagePlan
 from llada_mega.planning.search import Search
@@ -23,6 +24,7 @@ def render(plan: Plan) -> Group:
     return Group(
         _heading(plan),
         _memory(plan.ranks, plan.usable_gib),
+        _host(plan),
         _curriculum(plan.stages),
         _step(plan.stages),
         _assumptions(plan),
@@ -68,10 +70,8 @@ def _heading(plan: Plan) -> Text:
 
 
 def _memory(ranks: Sequence[RankPlan], usable: float) -> Table:
-    """One column a pipeline stage; of many, the ends, the middle and the fullest."""
-    if len(ranks) > MOST_COLUMNS:
-        fullest = max(ranks, key=lambda rank: rank.total_gib)
-        ranks = [rank for rank in ranks if rank in (*ranks[:2], fullest, ranks[len(ranks) // 2], *ranks[-2:])]
+    """One column a pipeline stage."""
+    ranks = _chosen(ranks)
     table = _table("Peak memory of a rank, GiB", ["pipeline stage", *(str(rank.pipeline_stage) for rank in ranks)])
     table.add_row("layers", *(str(rank.layers) for rank in ranks))
     table.add_row("parameters, millions", *(f"{rank.parameters / 1e6:,.1f}" for rank in ranks))
@@ -82,6 +82,31 @@ def _memory(ranks: Sequence[RankPlan], usable: float) -> Table:
     table.add_row(f"total (usable {usable:.1f})", *(_gib(rank.total_gib) for rank in ranks), style="bold")
     table.add_row("fits", *(_mark(rank.fits) for rank in ranks))
     table.add_row("largest at", *(f"{rank.moment}, {rank.curriculum_stage}" for rank in ranks), style="dim")
+    return table
+
+
+def _chosen(ranks: Sequence[RankPlan]) -> Sequence[RankPlan]:
+    """All of few pipeline stages; of many the ends, the middle and the fullest."""
+    if len(ranks) <= MOST_COLUMNS:
+        return ranks
+    fullest = max(ranks, key=lambda rank: rank.total_gib)
+    return [rank for rank in ranks if rank in (*ranks[:2], fullest, ranks[len(ranks) // 2], *ranks[-2:])]
+
+
+def _host(plan: Plan) -> Table:
+    """The copy for checkpoints stays where saving is asynchronous; else it is there while a checkpoint is written."""
+    ranks = _chosen(plan.ranks)
+    table = _table(
+        "Host memory of the rank that copies most, GiB",
+        ["pipeline stage", *(str(rank.pipeline_stage) for rank in ranks)],
+    )
+    names = {CHECKPOINT: "copy for checkpoints" + (", kept" if plan.async_save else ", while saving")}
+    for component in HOST_COMPONENTS:
+        row = [rank.host_gib.get(component, 0.0) for rank in ranks]
+        if any(row):
+            table.add_row(names.get(component, component), *(_gib(value) for value in row))
+    table.add_row("total", *(_gib(sum(rank.host_gib.values())) for rank in ranks), style="bold")
+    table.add_row("the stage's ranks on its node", *(_gib(rank.node_host_gib) for rank in ranks), style="bold")
     return table
 
 
