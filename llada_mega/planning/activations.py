@@ -2,7 +2,7 @@
 
 A test measures real steps and compares every component, so a module that keeps more or less than is written here is
 seen. On a GPU with TransformerEngine the same tensors are assumed, but for the routed experts: Megatron-Core's
-``TEGroupedMLP`` keeps all intermediates. That was read, not measured.
+``TEGroupedMLP`` keeps what its second product needs. That was read, not measured.
 
 Legend of sizes: T tokens of a rank between the tensor-parallel parts (S / tp with sequence parallelism), S positions
 inside them, N routes that arrive at a rank's experts, R logit rows, H hidden size, F width of a network (/tp or /etp),
@@ -94,8 +94,8 @@ def _norms(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes, behind: S
 
 
 def _feed_forward(width: int, sizes: Sizes) -> float:
-    """Gate and up, and what they give; between TransformerEngine's linear layers silu(gate) and up once more."""
-    return sizes.positions * (5 if sizes.te else 3) * width * sizes.element
+    """Gate and up, and what they give."""
+    return sizes.positions * 3 * width * sizes.element
 
 
 def _router(model: ModelConfig, sizes: Sizes) -> float:
@@ -106,11 +106,11 @@ def _router(model: ModelConfig, sizes: Sizes) -> float:
 def _experts(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> float:
     """Gate and up of every route, its token and share.
 
-    Where tokens come from other ranks, they too. TransformerEngine keeps silu(gate), up, their product and that times
-    the share besides.
+    Where tokens come from other ranks, they too. Between TransformerEngine's matrix products also what gate and up
+    give, which ours make again.
     """
     width = model.moe.expert_ffn_hidden_size // parallel.etp
-    inner = (6 if sizes.te else 2) * width
+    inner = (3 if sizes.te else 2) * width
     arrived = model.hidden_size if sizes.te or parallel.ep * parallel.etp > 1 else 0
     return sizes.tokens * sizes.routes_a_token * ((inner + arrived) * sizes.element + 2 * INDEX + WIDE)
 
@@ -135,7 +135,7 @@ def staying(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Siz
         kept["norms"] -= (sizes.tokens + behind.tokens) * model.hidden_size * sizes.element
     if recomputes(parallel, "moe_act") and is_moe and sizes.te:  # ours makes activations again anyway
         width = model.moe.expert_ffn_hidden_size // parallel.etp
-        kept["experts"] -= behind.tokens * sizes.routes_a_token * 4 * width * sizes.element
+        kept["experts"] -= behind.tokens * sizes.routes_a_token * width * sizes.element
     return {component: size for component, size in kept.items() if component not in gone}
 
 
@@ -176,7 +176,8 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
 
     Dense: the gradient that came in and those of the three inner tensors, when the product of two is gone, and ours
     makes silu(gate) again. Experts: the gradient that came in and the one that goes out, scratch rows, and the weight
-    gradients of all experts, unless they are added to their buffers at once.
+    gradients of all experts. TransformerEngine adds those to their buffers at once, and has a gradient of every route:
+    those of the three inner tensors, when the product of two is gone, or in the end the one that goes out.
     """
     sizes = _behind_attention(model, parallel, index, sizes)
     hidden, element = model.hidden_size, sizes.element
@@ -187,7 +188,7 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
     width = model.moe.expert_ffn_hidden_size // parallel.etp
     if sizes.te:
         routes = sizes.tokens * sizes.routes_a_token
-        return {"backward work": 2 * stream + routes * (2 * hidden + 4 * width) * element}
+        return {"backward work": 2 * stream + routes * max(hidden + 2 * width, 2 * hidden - width) * element}
     weights = model.moe.num_experts // parallel.ep * 3 * hidden * width
     scratch = sizes.tokens * sizes.expert_share * (hidden + 6 * width)
     return {"backward work": 2 * stream + (weights + scratch) * element}
