@@ -125,6 +125,7 @@ class TrainerConfig:
     log_every: int = 1
     consistency_every: int = 100  # steps between checks that ranks which share samples hold the same; 0: never
     deterministic: bool = False
+    gc_every: int = 0  # steps between garbage collections, on all ranks in the same step; 0: as Python likes
     hang_minutes: float = 15.0  # without progress until all ranks leave their stacks and the run ends; 0: never
     dry_run: Optional[bool] = None  # the largest batch once through the model before training; null: on GPUs
     stability: StabilityConfig = field(default_factory=StabilityConfig)

@@ -311,7 +311,7 @@ def _check_trainer(config: Config, world_size: int | None) -> None:
         trainer__micro_batch_size=trainer.micro_batch_size,
         trainer__log_every=trainer.log_every,
     )
-    at_least(0, trainer__consistency_every=trainer.consistency_every)
+    at_least(0, trainer__consistency_every=trainer.consistency_every, trainer__gc_every=trainer.gc_every)
     limit = trainer.exit_after
     require(limit is None or limit > 0, f"trainer.exit_after={limit} must be positive minutes; use null for no limit")
     hang, timeout = trainer.hang_minutes, config.parallel.timeout_minutes

@@ -33,6 +33,7 @@ from llada_mega.ranks import StopSignals
 from llada_mega.training.callback import Callback
 from llada_mega.training.callbacks.checkpointing import CheckpointCallback
 from llada_mega.training.callbacks.consistency import ConsistencyCallback
+from llada_mega.training.callbacks.garbage import GarbageCallback
 from llada_mega.training.callbacks.heartbeat import HeartbeatCallback, is_monitored
 from llada_mega.training.callbacks.merging import MergeCallback
 from llada_mega.training.callbacks.metrics import MetricsCallback, memory_gib
@@ -234,6 +235,8 @@ def build_callbacks(
         callbacks.append(ValidationCallback(config.trainer.validation, data.validation_samples, config.seed))
     callbacks.append(CheckpointCallback(run_dir, config.checkpoint, tokenizer_source(config)))
     callbacks.extend(guards)
+    if config.trainer.gc_every:
+        callbacks.append(GarbageCallback(config.trainer.gc_every))
     if config.checkpoint.merge_at_end:
         callbacks.append(MergeCallback(run_dir, config.checkpoint))
     callbacks += [StragglerCallback(), JsonlSink(run_dir)]
