@@ -68,6 +68,8 @@ def main(overrides: Sequence[str]) -> int:
         if verdict is not None:
             _say(verdict.reason)
             return verdict.status
+        if counted_elsewhere := os.environ.get("UNCOUNTED_STARTS"):  # by slurm/job.sh, until here
+            Path(counted_elsewhere).unlink(missing_ok=True)
     # torchrun reads PET_* for itself; what they say is in the plan.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PET_")} | plan.added
     if plan.preflight != "off":

@@ -3,10 +3,29 @@
 # job, outside of any container, with bash and Slurm's commands alone; whatever needs Python is in launch/.
 set -euo pipefail
 
+# Starts in a row that no launcher has counted: it removes this file when it has, and goes by its own count from there
+# (launch/restarts.py). One that dies before would be requeued without end, below or, with its node, by Slurm.
+export UNCOUNTED_STARTS=$PWD/${EXPERIMENT}_$SLURM_JOB_ID.starts
+end() { # with this status, for good
+    rm -f "$UNCOUNTED_STARTS"
+    exit "$1"
+}
 fail() {
     echo "error: $*" >&2
-    exit 2
+    end 2
 }
+uncounted() {
+    local number=0
+    [[ ! -s $UNCOUNTED_STARTS ]] || read -r number <"$UNCOUNTED_STARTS"
+    echo "$number"
+}
+end_restarts_without_count() {
+    (($(uncounted) > ${MAX_RESTARTS:-3})) || return 0
+    echo "given up: $(uncounted) starts in a row in which no launcher came to train (MAX_RESTARTS=${MAX_RESTARTS:-3})" >&2
+    end 86
+}
+end_restarts_without_count
+echo $(($(uncounted) + 1)) >"$UNCOUNTED_STARTS" || fail "$UNCOUNTED_STARTS cannot be written"
 
 # Other nodes connect to the first one. There is no fallback: with localhost every node would wait for itself.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
@@ -40,7 +59,8 @@ done
 [[ -z $cancelled ]] || exit 143 # a preempted job is requeued by Slurm, a cancelled one by nobody
 if ((status != 85 && status < 128)); then
     echo "the job ends with status $status ($LLADA_MEGA_HOME/docs/cluster.md)"
-    exit "$status"
+    end "$status"
 fi
+end_restarts_without_count
 echo "requeued with status $status, restart $((${SLURM_RESTART_COUNT:-0} + 1))"
 scontrol requeue "$SLURM_JOB_ID" || fail "Slurm does not requeue this job; submit it again, it resumes"

@@ -13,7 +13,7 @@ import pytest
 
 from launch.hardware import Hardware
 from launch.node import checkpoint_bytes, main, make_plan, summary
-from launch.restarts import MISTAKE
+from launch.restarts import AGAIN, GIVE_UP, MISTAKE
 from llada_mega.config.compose import compose
 from llada_mega.config.schema import Config
 from llada_mega.errors import LladaMegaError
@@ -85,6 +85,28 @@ def test_checkpoints_of_the_experiments(experiment: str) -> None:
     """14 bytes a parameter: bf16 weights, an fp32 copy, two fp32 moments."""
     config = compose(Config, [f"experiment={experiment}"])
     assert checkpoint_bytes(config) / 14e9 == pytest.approx({"cpt_16b": 16.3, "cpt_100b": 103.0}[experiment], rel=0.01)
+
+
+def test_a_start_that_is_counted_is_taken_off_the_batch_scripts_count(
+    corpus: Path, hardware: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And left there by one that is given up: whatever the other nodes end with, the script ends this some time."""
+    count = tmp_path / "job.starts"
+    variables = {
+        "RUN_ID": "job",
+        "MAX_RESTARTS": "1",
+        "PREFLIGHT": "off",
+        "UNCOUNTED_STARTS": str(count),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("launch.node.TorchRun.run", lambda run: -9)
+    found = []
+    for expected in (AGAIN, GIVE_UP, GIVE_UP):
+        count.write_text("1\n")
+        assert main(TINY) == expected
+        found.append(count.exists())
+    assert found == [False, False, True]
 
 
 def start_node(rank: int, overrides: tuple[str, ...], **variables: str) -> subprocess.Popen[str]:

@@ -1,8 +1,8 @@
 """A launcher that only does what a test asks for, in place of ``launch/torchrun.sh``; needs no torch.
 
 Each task notes what it sees in ``$NOTES/<node>.<restart>``, one line an event. ``PLAN`` has one word a start, the last
-one holds for all that follow: a number is the exit status of the first node (the others end well), ``wait`` waits for a
-signal and ends with 85, ``sleep`` waits for ever.
+one holds for all that follow: a number is the exit status of the first node (the others end well), ``counted`` counts
+the start as a launcher does and ends with 137, ``wait`` waits for a signal and ends with 85, ``sleep`` waits for ever.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ for sent in (signal.SIGUSR1, signal.SIGTERM):
 note(f"pid {os.getpid()}")
 note(f"arguments {' '.join(sys.argv[1:])}")
 note(f"master {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+if action == "counted":
+    action = "137"
+    if node == "0":
+        Path(os.environ["UNCOUNTED_STARTS"]).unlink()
 if action.isdecimal():
     sys.exit(int(action) if node == "0" else 0)
 while True:

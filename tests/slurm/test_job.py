@@ -101,6 +101,22 @@ def test_a_killed_launcher_is_requeued(checkout: Checkout) -> None:
     assert "requeued with status 137" in checkout.log(job)
 
 
+def test_a_launcher_that_never_counts_its_starts_is_not_requeued_without_end(checkout: Checkout) -> None:
+    """One that dies in its imports, for want of memory say."""
+    job = checkout.submit("137", MAX_RESTARTS="1")
+    ended = checkout.cluster.wait_for_job(job, *FINAL)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "86:0", "1")
+    assert "given up: 2 starts in a row in which no launcher came to train" in checkout.log(job)
+    assert not list(checkout.directory.glob("*.starts"))
+
+
+def test_a_launcher_that_counts_decides_for_itself(checkout: Checkout) -> None:
+    job = checkout.submit("counted counted 0", MAX_RESTARTS="0")
+    assert checkout.cluster.wait_for_job(job, *FINAL)["JobState"] == "COMPLETED"
+    assert checkout.cluster.job(job)["Restarts"] == "2"
+    assert not list(checkout.directory.glob("*.starts"))
+
+
 def test_scancel_asks_for_a_checkpoint_and_does_not_requeue(checkout: Checkout) -> None:
     job = checkout.submit("wait 0")
     checkout.wait_until_running()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.restarts import DEFAULT_LIMIT
 from llada_mega.config.compose import compose
 from llada_mega.config.layout import check_batches, check_group_sizes
 from llada_mega.config.schema import Config
@@ -52,6 +53,22 @@ def test_one_task_a_node_runs_the_experiment_of_the_scripts_name(run_script, scr
     assert ended.returncode == 0
 
 
+def test_starts_that_no_launcher_counts_end(run_script, tmp_path: Path) -> None:
+    """Slurm starts the script again after a lost node, without a word to it: it counts before all else."""
+    killed = tmp_path / "srun"
+    killed.write_text("#!/bin/bash\nexit 137\n")
+    for _ in range(DEFAULT_LIMIT):
+        assert "requeued with status 137" in run_script(SCRIPTS[0]).stdout
+    (count,) = tmp_path.glob("*_12.starts")
+    assert int(count.read_text()) == DEFAULT_LIMIT
+    last = run_script(SCRIPTS[0])
+    assert (last.returncode, "given up: 4 starts in a row" in last.stderr) == (86, True)
+    assert not count.exists()
+    count.write_text(f"{DEFAULT_LIMIT + 1}\n")  # the last start was lost together with its script
+    refused = run_script(SCRIPTS[0])
+    assert (refused.returncode, refused.stdout) == (86, "")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_nodes_of_the_script_hold_the_experiments_layout(script: Path) -> None:
     options = dict(
@@ -74,8 +91,9 @@ def test_a_container_by_variables(run_script, tmp_path: Path) -> None:
     assert "--container-mounts=/data:/data" in words
 
 
-def test_a_head_that_others_cannot_reach_is_refused(run_script) -> None:
+def test_a_head_that_others_cannot_reach_is_refused(run_script, tmp_path: Path) -> None:
     ended = run_script(SCRIPTS[0], HEAD="localhost")
     assert ended.returncode == 2
+    assert not list(tmp_path.glob("*.starts"))
     assert "where no other node finds it" in ended.stderr
     assert run_script(SCRIPTS[0], HEAD="localhost", SLURM_JOB_NUM_NODES="1").returncode == 0
