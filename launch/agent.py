@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from torch.distributed import run
@@ -20,7 +21,9 @@ from llada_mega.ranks import STOPPED_STATUS
 def main(arguments: Sequence[str]) -> int:
     """0; ``STOPPED_STATUS`` when this node's ranks were asked to stop; 1 when one failed; 128 + a signal that came."""
     try:
-        run.run(run.parse_args(list(arguments)))
+        # torchrun would make such a directory too, and leave it; ranks keep their logs in the run's directory.
+        with tempfile.TemporaryDirectory(prefix="llada_mega_torchrun_") as log_dir:
+            run.run(run.parse_args([f"--log-dir={log_dir}", *arguments]))
     except ChildFailedError as error:
         statuses = {failure.exitcode for failure in error.failures.values()}
         # torchrun ends the ranks that are still there when the first one has ended, which may come a moment later.

@@ -27,6 +27,8 @@ def fail(words):
     record_failure(TrainingError(words))
     sys.exit(2)
 """
+# torchrun makes a directory of its own in /tmp when it is given none, and leaves it there.
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--log-dir=torchrun")
 
 
 def run_program(tmp_path: Path, count: int, program: str) -> int:
@@ -45,7 +47,7 @@ def metrics(name: str) -> list[dict[str, float]]:
 def test_two_processes_train_as_one_under_both_launchers(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(train_arguments("alone")) == 0
     assert main([*train_arguments("nproc"), "launch.nproc=2"]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    torchrun = [sys.executable, *TORCHRUN, "--master-port=0"]
     subprocess.run([*torchrun, "-m", "llada_mega", *train_arguments("torchrun")], check=True, timeout=300)
     printed = capfd.readouterr()
     assert "not installed" not in printed.err
@@ -206,7 +208,7 @@ except KeyboardInterrupt:
 
 
 def test_torchrun_shows_our_line_once_a_rank(corpus: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    torchrun = [sys.executable, *TORCHRUN]
     command = [*torchrun, "-m", "llada_mega", "train", "data.train=nowhere", "run.name=bad"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode

@@ -75,8 +75,8 @@ def test_a_rank_that_was_still_starting_hears_it_later() -> None:
 
 
 @pytest.mark.parametrize(("statuses", "expected"), [("85 85", 85), ("85 1", 1)])
-def test_status_85_comes_through_torchrun(statuses: str, expected: int) -> None:
-    """The first rank ends last: torchrun terminates it, and the other's status counts."""
+def test_status_85_comes_through_torchrun(tmp_path: Path, statuses: str, expected: int) -> None:
+    """The first rank ends last: torchrun terminates it, and the other's status counts. Nothing stays behind."""
     rank = f"set -- {statuses}; shift $RANK; [ $RANK = 1 ] || sleep 0.5; exit $1"
     command = [
         sys.executable,
@@ -89,7 +89,9 @@ def test_status_85_comes_through_torchrun(statuses: str, expected: int) -> None:
         "-c",
         rank,
     ]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == expected, ended.stderr
     assert ("Root Cause" in ended.stderr) == (expected == 1)
+    assert not list(tmp_path.iterdir())
     assert "launch_agent" not in ended.stderr  # no traceback of torchrun's own
