@@ -13,6 +13,7 @@ from llada_mega.config.model import ModelConfig
 from llada_mega.config.reference import walk
 from llada_mega.config.schema import Config
 from llada_mega.config.validate import validate
+from llada_mega.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = config_groups()["experiment"]
@@ -43,6 +44,17 @@ def test_the_curriculum_is_the_published_one(experiment: str) -> None:
     assert blocks[:5] == [1, 4, 32, 64, 4096]
     assert blocks[5] == config.data.sequence_length == 4096
     assert blocks[6:] == [2048, 1024, 512, 256, 128, 64, 32]
+
+
+@pytest.mark.parametrize("experiment", ["cpt_16b", "cpt_100b"])
+def test_big_runs_get_past_bad_steps_by_themselves(experiment: str) -> None:
+    """By a checkpoint that is there: validation refuses the policy without one."""
+    config = compose(Config, [f"experiment={experiment}"])
+    validate(config)
+    assert {config.trainer.stability.nonfinite, config.trainer.stability.spike} == {"rollback"}
+    config.checkpoint.every = 0
+    with pytest.raises(ConfigError, match=r"rollback needs checkpoints"):
+        validate(config)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +100,7 @@ def test_what_the_report_does_not_publish_is_marked_and_listed() -> None:
         "curriculum/warmup_stable_decay_large.yaml": ["tokens", "lr", "embedding_noise"],
         "optimizer/continual.yaml": ["lr", "min_lr", "beta1", "beta2", "weight_decay", "clip_grad"],
         "checkpoint/large.yaml": ["keep_best"],
+        "trainer/large.yaml": ["nonfinite", "spike"],
         "experiment/cpt_16b.yaml": ["global_batch_size"],
         "experiment/cpt_100b.yaml": ["global_batch_size", "lr", "min_lr"],
         "model/ling_mini.yaml": ["bias_update_rate"],
