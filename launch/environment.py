@@ -1,7 +1,9 @@
 """Environment variables of the training processes, by fabric and hardware.
 
-What a user has set stays: a preset is a default. Values come from the documentation of NCCL, of PyTorch's NCCL process
-group, of libfabric's EFA provider and of Google's gIB plugin; none was measured by us.
+What a user has set stays: a preset is a default. ``NCCL_*`` and ``TORCH_*`` are described in the documentation of NCCL
+and of PyTorch's NCCL process group, ``FI_*`` in that of libfabric's EFA provider, the values of ``gcp`` in Google's
+guide to its gIB plugin, ``CUDA_DEVICE_MAX_CONNECTIONS`` in Megatron-Core's. What is best for this training was measured
+on none.
 """
 
 from __future__ import annotations

@@ -39,6 +39,13 @@ def test_relative_links_lead_to_files(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_the_first_page_leads_to_every_other() -> None:
+    for index in (ROOT / "docs" / "index.md", ROOT / "docs" / "api" / "index.md"):
+        linked = set(re.findall(r"\]\(([^)#]+\.md)", index.read_text("utf-8")))
+        missing = {page.name for page in index.parent.glob("*.md")} - linked - {index.name}
+        assert not missing, f"{index} does not link to {missing}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_make_targets_that_are_named_exist(page: Path) -> None:
     text = page.read_text("utf-8")
