@@ -66,9 +66,13 @@ def run(kind: str, dtype: torch.dtype, with_routes: bool = False) -> dict[str, T
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("group_routes", [1, 12, 1024])
 @pytest.mark.parametrize("with_routes", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_outputs_and_gradients_are_those_of_megatrons_experts(dtype: torch.dtype, with_routes: bool) -> None:
+def test_outputs_and_gradients_are_those_of_megatrons_experts(
+    dtype: torch.dtype, with_routes: bool, group_routes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llada_mega.models.experts.GROUP_ROUTES", group_routes)
     expected, actual = run("megatron", dtype), run("fused", dtype, with_routes)
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
