@@ -31,11 +31,13 @@ from llada_mega.diffusion.objectives import DiffusionObjective
 from llada_mega.diffusion.schedule import LinearSchedule
 from llada_mega.models import BlockDiffusionModel
 from llada_mega.models.embedding import NoisyEmbedding
+from llada_mega.models.experts import Routes
 from llada_mega.models.norm import RMSNorm
 from llada_mega.models.router import BalancedRouter
 from llada_mega.models.self_attention import IntervalSelfAttention
 from llada_mega.parallel import destroy, initialize
 from llada_mega.parallel.capabilities import choose_software
+from llada_mega.planning.activations import Sizes, behind_attention
 from llada_mega.planning.memory import COMPONENTS, Copies, peak_memory, sizes_of
 from llada_mega.planning.share import share_of_stage
 from llada_mega.training.run import build_step
@@ -53,8 +55,6 @@ COMPONENT_OF: dict[type, str] = {
     TransformerLayer: "residual stream",
     BlockDiffusionModel: "logits",
 }
-# Of the experts of randomly initialised models: the fullest over the mean. It moves the scratch rows alone.
-EXPERT_LOAD = 2.0
 MIB = 2**20
 
 MOE = ("model=tiny_ling", "model.num_layers=4", "model.vocab_size=2048", "model.mask_token_id=3")
@@ -130,11 +130,22 @@ def measure(overrides: Sequence[str]) -> Measured:
         first = groups.dp.rank() * count
         batches = [random_batch(config, first + index) for index in range(count)]
         take_step(step, batches)
+        counts = count_routes(step)
         tracker = track(step, batches)
         mine = [shard_batch(batch, groups.cp.rank(), groups.cp.size(), work_tile=step.work_tile) for batch in batches]
         positions, rows = max(len(part.input_ids_S) for part in mine), max(len(part.logit_rows_R) for part in mine)
-        sizes = sizes_of(config.model, config.parallel, positions, rows, dtype, expert_load=EXPERT_LOAD)
         share = share_of_stage(config.model, config.parallel, groups.pp.rank())
+        balanced = sizes_of(config.model, config.parallel, positions, rows, dtype)
+        rank_load, fullest_expert = expert_load(config, share.layers, balanced, list(counts.values()))
+        sizes = sizes_of(
+            config.model,
+            config.parallel,
+            positions,
+            rows,
+            dtype,
+            expert_load=rank_load,
+            fullest_expert=fullest_expert,
+        )
         copies = Copies.of(config.parallel, groups.world_size)
         planned = peak_memory(config.model, config.parallel, share, copies, sizes, count)
         return Measured(
@@ -159,6 +170,43 @@ def track(step: TrainStep, batches: list[Batch]) -> LiveMemory:
     with tracker:
         take_step(step, batches)
     return tracker
+
+
+def count_routes(step: TrainStep) -> dict[torch.nn.Module, list[list[int]]]:
+    """The routes that come to each expert of a layer, a list for each forward pass that is yet to come."""
+    counts: dict[torch.nn.Module, list[list[int]]] = {}
+
+    def count(experts: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        arrived = arguments[1].counts if isinstance(arguments[1], Routes) else arguments[1].tolist()
+        counts.setdefault(experts, []).append(arrived)
+
+    for model in step.bare_models:
+        for module in model.modules():
+            if isinstance(module, SequentialMLP):
+                module.register_forward_pre_hook(count)
+    return counts
+
+
+def expert_load(
+    config: Config, layers: Sequence[int], balanced: Sizes, counts: list[list[list[int]]]
+) -> tuple[float, float]:
+    """What comes to this rank and to its fullest expert, over what did if all experts were chosen alike.
+
+    Args:
+        layers: of this rank.
+        balanced: sizes of the largest micro-batch with a load of 1.
+        counts: routes by layer, forward pass and expert.
+    """
+    tokens = [
+        behind_attention(config.model, config.parallel, layer, balanced).tokens
+        for layer in layers
+        if config.model.is_moe_layer(layer)
+    ]
+    if not tokens:
+        return 1.0, 1.0
+    rank = sum(max(sum(one) for one in passes) for passes in counts) / (sum(tokens) * balanced.routes_a_token)
+    expert = max(max(max(one) for one in passes) for passes in counts) / (max(tokens) * balanced.expert_share)
+    return rank, expert
 
 
 def component_of(module: torch.nn.Module) -> str | None:

@@ -49,7 +49,7 @@ class Sizes:
 
 def layer(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:
     """Bytes that the 0-based layer keeps from its forward to its backward pass, by component."""
-    behind = _behind_attention(model, parallel, index, sizes)
+    behind = behind_attention(model, parallel, index, sizes)
     kept = {
         "attention": _attention(model, parallel, sizes, behind),
         "norms": _norms(model, parallel, sizes, behind),
@@ -64,7 +64,7 @@ def layer(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes
     return kept
 
 
-def _behind_attention(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Sizes:
+def behind_attention(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Sizes:
     """In the last layer the queries of the logit rows alone attend, and all that follows is for them."""
     if index < model.num_layers - 1 or last_layer_is_whole(model, parallel):
         return sizes
@@ -117,7 +117,7 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> floa
 
 def layer_output(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> float:
     """The residual stream behind a layer."""
-    return _behind_attention(model, parallel, index, sizes).tokens * model.hidden_size * sizes.element
+    return behind_attention(model, parallel, index, sizes).tokens * model.hidden_size * sizes.element
 
 
 def staying(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Sizes) -> Bytes:
@@ -125,7 +125,7 @@ def staying(model: ModelConfig, parallel: ParallelConfig, index: int, sizes: Siz
     if index < parallel.offload_layers:
         return {}
     kept, is_moe = layer(model, parallel, index, sizes), model.is_moe_layer(index)
-    behind = _behind_attention(model, parallel, index, sizes)
+    behind = behind_attention(model, parallel, index, sizes)
     gone = set()
     if recomputes(parallel, "shared_experts" if is_moe else "mlp"):
         gone |= {"feed-forward"}
@@ -179,7 +179,7 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
     gradients of all experts. TransformerEngine adds those to their buffers at once, and has a gradient of every route:
     those of the three inner tensors, when the product of two is gone, or in the end the one that goes out.
     """
-    sizes = _behind_attention(model, parallel, index, sizes)
+    sizes = behind_attention(model, parallel, index, sizes)
     hidden, element = model.hidden_size, sizes.element
     stream = sizes.tokens * hidden * element
     if not model.is_moe_layer(index):

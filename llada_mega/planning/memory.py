@@ -69,12 +69,14 @@ def sizes_of(
     dtype: torch.dtype,
     *,
     expert_load: float = 1.0,
+    fullest_expert: float | None = None,
     te: bool = False,
 ) -> Sizes:
     """Sizes of a micro-batch of ``positions`` on a context-parallel rank.
 
     Args:
-        expert_load: tokens of the fullest rank, and of the fullest expert, over the mean.
+        expert_load: tokens of the fullest expert-parallel rank over the mean.
+        fullest_expert: tokens of the fullest expert over the mean; default: as ``expert_load``.
     """
     split = parallel.tp if parallel.sp else 1
     top_k = model.moe.top_k if model.is_moe else 0
@@ -84,7 +86,7 @@ def sizes_of(
         logit_rows=logit_rows,
         last_tokens=logit_rows // split,
         routes_a_token=top_k * (expert_load if parallel.ep > 1 else 1.0),
-        expert_share=top_k / max(model.moe.num_experts // parallel.ep, 1) * expert_load,
+        expert_share=top_k / max(model.moe.num_experts // parallel.ep, 1) * (fullest_expert or expert_load),
         element=dtype.itemsize,
         te=te,
     )

@@ -19,6 +19,14 @@ LAYOUTS = {
     "distributed optimizer": (2, "parallel.distributed_optimizer=true", "trainer.dtype=bfloat16"),
     "tensor": (2, "parallel.tp=2", "parallel.sp=true"),
     "context": (2, "parallel.cp=2"),
+    "experts": (2, "parallel.ep=2"),
+    "experts, distributed optimizer": (
+        2,
+        "parallel.ep=2",
+        "parallel.distributed_optimizer=true",
+        "trainer.dtype=bfloat16",
+    ),
+    "experts by all-gather": (2, "parallel.ep=2", "parallel.dispatcher=allgather", "data.clean_tokens=all"),
     "pipeline": (2, "parallel.pp=2"),
     "interleaved pipeline": (2, "parallel.pp=2", "parallel.vp=2"),
 }
