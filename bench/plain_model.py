@@ -1,7 +1,7 @@
 """The step of block-diffusion training as published trainers write it: plain PyTorch, used to compare and to check.
 
 A dense boolean mask of [2L, 2L] for ``scaled_dot_product_attention``, a loop over experts that gathers the tokens of
-each, logits at all noisy positions. Weights are a dict under Hugging Face names (LLaDA2), float32.
+each, logits at all noisy positions. Weights are a dict under Hugging Face names (LLaDA2), float32, or float64 as oracle.
 
 Legend: L tokens, S = 2L positions, H hidden, N query heads, G key heads, D head dim, T tokens, E experts, K chosen.
 """
@@ -49,11 +49,15 @@ def loss(
         hidden_SH = hidden_SH + network(normed, weights, f"{prefix}.mlp", config)
     hidden_SH = _norm(hidden_SH, weights["model.norm.weight"], config)
     logits_LV = F.linear(hidden_SH[: len(labels_L)], weights["lm_head.weight"])
-    return (F.cross_entropy(logits_LV.float(), labels_L, reduction="none") * weights_L).sum()
+    return (F.cross_entropy(_wide(logits_LV), labels_L, reduction="none") * weights_L).sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _norm(hidden: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
-    wide = hidden.float()
+    wide = _wide(hidden)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
     return weight * wide.to(hidden.dtype)
 
@@ -105,7 +109,7 @@ def _experts(x_TH: Tensor, w: Weights, prefix: str, config: ModelConfig) -> Tens
 def _route(x_TH: Tensor, w: Weights, prefix: str, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Chosen experts [T, K] and their shares [T, K]: sigmoids, biased for the choice, groups by their best two."""
     moe = config.moe
-    score_TE = torch.sigmoid(F.linear(x_TH.float(), w[f"{prefix}.gate.weight"].float()))
+    score_TE = torch.sigmoid(F.linear(_wide(x_TH), _wide(w[f"{prefix}.gate.weight"])))
     biased_TGN = (score_TE + w[f"{prefix}.gate.expert_bias"]).unflatten(1, (moe.num_groups, -1))
     best_TG = biased_TGN.topk(2, dim=-1).values.sum(-1).topk(moe.group_top_k, dim=-1).indices
     open_TG = torch.zeros(biased_TGN.shape[:2], dtype=torch.bool).scatter(1, best_TG, True)
