@@ -1,7 +1,7 @@
 """The step of block-diffusion training as published trainers write it: plain PyTorch, used to compare and to check.
 
 A dense boolean mask of [2L, 2L] for ``scaled_dot_product_attention``, a loop over experts that gathers the tokens of
-each, logits at all noisy positions. Weights are a dict under Hugging Face names (LLaDA2), float32, or float64 as oracle.
+each, logits at all noisy positions. Weights are a dict under Hugging Face names (LLaDA2); in float64 it is the oracle.
 
 Legend: L tokens, S = 2L positions, H hidden, N query heads, G key heads, D head dim, T tokens, E experts, K chosen.
 """
