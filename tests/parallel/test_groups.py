@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,20 @@ def test_destroy_leaves_a_world_of_someone_else_alone() -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="groups on NCCL stay as Megatron makes them")
+def test_equal_ranks_share_a_group_and_its_threads() -> None:
+    destroy()
+    groups = ensure_single_process()
+    first = groups.tp
+    assert all(group is first for group in (groups.pp, groups.cp, groups.ep, groups.dp_cp, groups.expt_dp))
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]  # none beyond Linux
+    assert threads.count("gloo_tcp_loop") <= 4
+    destroy()
+    again = ensure_single_process()  # the old world's group would hang here
+    dist.all_reduce(torch.ones(1), group=again.tp)
+    assert again.tp is not first
 
 
 def test_groups_are_made_once() -> None:
