@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from llada_mega.config.model import ModelConfig
 from llada_mega.config.run import ParallelConfig
@@ -18,6 +19,8 @@ from llada_mega.training.flops import STEP, Flops, layer_flops, logit_flops
 # Attention multiplies twice forward and, as the scores are computed again, five times backward; a model FLOP counts
 # three times two products.
 ATTENTION_PASSES = 3.5
+# Grouped products compute whole tiles of so many rows of an expert; half a tile of each is empty on average.
+EXPERT_TILE = 128
 # Every byte that is kept was written and is read forward; backward it is read, and a gradient as large is written and
 # read.
 PASSES_OVER_KEPT = 5
@@ -30,12 +33,14 @@ class Work:
     Attributes:
         flops: forward, by kernel; repeated: those of what is recomputed.
         tiles: pairs in live tiles over visible ones.
+        expert_rows: tokens of a routed expert.
         kept: bytes that layers keep for their backward pass without recomputation; kept_again: those recomputed.
     """
 
     flops: Flops
     repeated: Flops
     tiles: float
+    expert_rows: float
     kept: float
     kept_again: float
 
@@ -61,7 +66,8 @@ class Work:
         if share.is_last:
             flops += logit_flops(model, sizes.logit_rows)
         part, tiles = 1 / parallel.tp, shape.tile_pairs / shape.visible_pairs
-        return cls(part * flops, part * repeated, tiles, kept, kept_again)
+        rows = sizes.tokens * sizes.routes_a_token * parallel.ep / max(model.moe.num_experts, 1)
+        return cls(part * flops, part * repeated, tiles, rows, kept, kept_again)
 
 
 def _repeated(model: ModelConfig, parallel: ParallelConfig, index: int, flops: Flops, outputs: float) -> Flops:
@@ -129,19 +135,21 @@ def step_time(
     ``fp8``: the layers' matrix products are in FP8; attention and logits are in ``dtype``.
     """
     bandwidth = device.memory_gb_per_s * 1e9 * assume.memory_efficiency
-    uneven = assume.expert_load if parallel.ep > 1 else 1.0
     wide, layers = device.peak_tflops[dtype] * 1e12, device.peak_tflops["fp8" if fp8 else dtype] * 1e12
-    linear, experts = layers * assume.linear_efficiency, layers * assume.expert_efficiency / uneven
+    linear = layers * assume.linear_efficiency
     attention = wide * assume.attention_efficiency / work.tiles
     count, flops, again = num_micro_batches, work.flops, work.repeated
+    expert_rate = layers * assume.expert_efficiency / (assume.expert_load if parallel.ep > 1 else 1.0)
+    expert = partial(_grouped_product, rows=work.expert_rows, rate=expert_rate, bandwidth=bandwidth)
+    read, added = sizes.element * share.expert_parameters, 2 * WIDE * share.expert_parameters
     compute = {
         "linear": STEP * flops.linear / linear,
-        "experts": STEP * flops.experts / experts,
+        "experts": 2 * expert(flops.experts, read) + expert(flops.experts, added),
         "attention": ATTENTION_PASSES * flops.attention / attention,
         "logits": STEP * flops.logits / (wide * assume.linear_efficiency),
         "memory": PASSES_OVER_KEPT * work.kept / bandwidth,
         "recompute": again.linear / linear
-        + again.experts / experts
+        + (expert(again.experts, read) if again.experts else 0.0)
         + again.attention / attention
         + 2 * work.kept_again / bandwidth,
     }
@@ -151,6 +159,7 @@ def step_time(
     }
     busy = sum(compute.values()) + sum(moved.values())
     dp = sent.get("dp", 0.0) / rate("dp", parallel, copies, device, assume)
+    hidden = min(assume.overlapped * dp, busy / count * _beside_gradients(parallel)) if parallel.overlap else 0.0
     shrink = copies if parallel.distributed_optimizer else Copies(1, 1)
     state = share.dense_parameters / shrink.dense + share.expert_parameters / shrink.experts
     # Gradient, two moments and weights are read, moments and weights written; the gradient buffers are cleared.
@@ -159,9 +168,29 @@ def step_time(
         **compute,
         **moved,
         bubble=busy / count * (parallel.pp - 1) / (parallel.vp or 1),
-        dp=dp * (1 - assume.overlapped if parallel.overlap else 1),
+        dp=dp - hidden,
         optimizer=traffic / bandwidth,
     )
+
+
+def _grouped_product(flops: float, weights: float, *, rows: float, rate: float, bandwidth: float) -> float:
+    """Seconds of one of the products that experts' weights have part in: few rows of many experts wait for memory.
+
+    Args:
+        flops: of all rows that there are.
+        weights: bytes of them that are read, or of their gradient, which is read, added to and written.
+    """
+    tiles = 1 + EXPERT_TILE / 2 / rows if rows else 1.0
+    return max(tiles * flops / rate, weights / bandwidth)
+
+
+def _beside_gradients(parallel: ParallelConfig) -> float:
+    """Micro-batches whose work can hide the traffic of gradients and weights, which are whole after the last one.
+
+    Of interleaved stages a chunk's gradients are whole when the last ``pp`` micro-batches have left it for the next.
+    """
+    chunks = parallel.vp or 1
+    return (parallel.pp * (chunks - 1) + 1) / chunks
 
 
 def rate(axis: str, parallel: ParallelConfig, copies: Copies, device: Device, assume: Assumptions) -> float:

@@ -53,7 +53,7 @@ def test_the_largest_experiment_is_planned_within_4_gib(tmp_path: Path) -> None:
 
 
 def test_without_a_number_the_fewest_devices_are_taken() -> None:
-    run = options("experiment=cpt_100b")
+    run = options("experiment=cpt_100b", "hardware.memory_gib=64")
     plan = make_plan(run)
     assert plan.fits
     fewer = dataclasses.replace(run, gpus=plan.gpus // 2)
@@ -104,6 +104,53 @@ def test_links_depend_on_how_far_an_axis_reaches() -> None:
     assert (rates["tp"], rates["cp"], rates["dp"]) == (450, 450, 50)
     # Of 15 other ranks 7 are in the node.
     assert rates["ep"] == pytest.approx(1 / (8 / 15 / 50 + 7 / 15 / 450))
+
+
+WIDE_EXPERTS = ("experiment=cpt_100b", "gpus=512", "parallel.tp=1", "parallel.sp=false")  # 8 layers a stage
+
+
+def test_few_tokens_of_many_experts_wait_for_memory() -> None:
+    """The reason for expert parallelism: the same products with an eighth of the tokens for each expert of a rank."""
+    spread = make_plan(options(*WIDE_EXPERTS, "assume.expert_load=1")).stages[0]
+    alone = make_plan(options(*WIDE_EXPERTS, "parallel.ep=1")).stages[0]
+    assert alone.tflop == spread.tflop and alone.seconds["experts"] > 1.4 * spread.seconds["experts"]
+    # Nothing but memory: bf16 weights are read forward and backward, fp32 gradients are read and written.
+    slow = make_plan(options(*WIDE_EXPERTS, "parallel.ep=1", "hardware.memory_gb_per_s=10")).stages[0]
+    model, micro_batches = options(*WIDE_EXPERTS).model, 2048 // 128
+    weights = 8 * model.moe.num_experts * 3 * model.hidden_size * model.moe.expert_ffn_hidden_size
+    seconds = micro_batches * (2 + 2 + 2 * 4) * weights / (10e9 * Assumptions().memory_efficiency)
+    assert slow.seconds["experts"] == pytest.approx(seconds)
+
+
+def test_an_expert_computes_whole_tiles() -> None:
+    """Half a tile of 128 rows is empty on average."""
+    base = (*WIDE_EXPERTS, "parallel.pp=1", "parallel.vp=null", "assume.expert_load=1", "hardware.memory_gb_per_s=1e6")
+    spread, alone = (make_plan(options(*base, f"parallel.ep={ep}")).stages[0] for ep in (8, 1))
+    rows = spread.positions * 8 / 256  # of an expert whose rank has the others too
+    ratio = (1 + 64 / rows) / (1 + 64 / (8 * rows))
+    assert alone.seconds["experts"] / spread.seconds["experts"] == pytest.approx(ratio)
+
+
+def test_gradients_hide_behind_the_last_micro_batches_alone() -> None:
+    run = ("experiment=cpt_16b", "gpus=64", "hardware.network_gb_per_s=1")
+    shown = make_plan(options(*run, "parallel.overlap=false")).stages[0].seconds
+    hidden = make_plan(options(*run)).stages[0].seconds
+    busy = sum(shown[term] for term in shown if term not in ("bubble", "dp", "optimizer"))
+    assert shown["dp"] - hidden["dp"] == pytest.approx(busy / (1024 / 64)) and hidden["dp"] > 0.2 * shown["dp"]
+    # Where one micro-batch is long enough, what is assumed.
+    fast = ("experiment=cpt_16b", "gpus=64", "hardware.network_gb_per_s=10000")
+    shown, hidden = (make_plan(options(*fast, f"parallel.overlap={on}")).stages[0].seconds for on in ("false", "true"))
+    assert hidden["dp"] == pytest.approx(0.2 * shown["dp"])
+
+
+def test_experts_are_spread_over_a_node_and_no_further() -> None:
+    """As Mixtures of this size are trained: fewer ranks make grouped products small, more reach over the network."""
+    layout = ("experiment=cpt_100b", "gpus=512", "parallel.tp=1", "parallel.sp=false", "parallel.cp=2")
+    days = {
+        ep: make_plan(options(*layout, f"parallel.pp={pp}", f"parallel.ep={ep}")).days
+        for ep, pp in ((1, 16), (2, 8), (8, 8), (16, 8))
+    }
+    assert min(days, key=lambda ep: days[ep]) == 8
 
 
 def test_a_search_lists_the_fastest_layouts_that_fit() -> None:
