@@ -120,10 +120,17 @@ def _indexes(directory: Path, marker: dict[str, Any]) -> list[Path]:
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Remove a checkpoint so that it never looks complete while it is half gone."""
+    """Remove a checkpoint so that it never looks complete while it is half gone. Raises OSError."""
     hidden = directory.with_name(f".{directory.name}.removed")
     directory.replace(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a killed run has left of checkpoints it was writing or removing. No other run may use ``root``."""
+    for pattern in (f".{STEP_PREFIX}*.partial", f".{STEP_PREFIX}*.removed"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,14 @@ class NewDirectory:
             return False
 
     def publish(self) -> None:
-        """Give the directory its name, in place of an older one. Raises OSError."""
+        """Give the directory its name, in place of an older one. Raises OSError.
+
+        All that is in it is on the disk by then: a name that outlives a power cut is one of a whole directory.
+        """
         self.plan.unlink(missing_ok=True)
+        for path in self.partial.rglob("*"):
+            sync(path)
+        sync(self.partial)
         replaced = _replaced(self.path)
         for attempt in range(1, _ATTEMPTS + 1):
             shutil.rmtree(replaced, ignore_errors=True)
@@ -66,6 +74,7 @@ class NewDirectory:
             except OSError:
                 if attempt == _ATTEMPTS or not self.path.exists():
                     raise
+        sync(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def discard(self) -> None:
@@ -86,6 +95,18 @@ def recover(path: Path) -> None:
         return
     with contextlib.suppress(OSError):  # another process does the same
         replaced.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Return when the disk holds the content of a file, or the names in a directory. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot do so with directories
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_output(path: Path, *, is_ours: bool) -> None:

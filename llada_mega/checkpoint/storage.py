@@ -31,9 +31,10 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from llada_mega.checkpoint.directory import sync
+from llada_mega.checkpoint.streaming import PlannedTensor, write_tensors
 from llada_mega.errors import CheckpointError
 
 TENSOR_DIRECTORY = "tensors"
@@ -117,18 +118,23 @@ def part_path(directory: Path, part: int) -> Path:
 
 
 def write(directory: Path, rank: int, tensors: Snapshot, index: dict[str, Any]) -> list[Path]:
-    """Write one rank's snapshot; returns the files written. Raises ``OSError`` (disk full, no permission)."""
+    """Write one rank's snapshot; returns the files written, which are on the disk by then.
+
+    Raises:
+        OSError: the disk is full, or there is no permission.
+    """
     data_path = part_path(directory, rank)
     index_path = data_path.with_suffix(".json")
     data_path.parent.mkdir(exist_ok=True)  # its parent is made by rank 0, once
-    try:
-        save_file(tensors, data_path)
-    except SafetensorError as error:  # the Rust writer reports a full disk this way
-        raise OSError(f"{data_path}: {error}") from error
-    data_path.chmod(index_path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
-    content = {"bytes": data_path.stat().st_size, "sha256": sha256(data_path), "tensors": index}
-    index_path.write_text(json.dumps(content) + "\n")
+    planned = [_planned(name, tensor) for name, tensor in sorted(tensors.items())]
+    size, digest = write_tensors(data_path, planned)
+    index_path.write_text(json.dumps({"bytes": size, "sha256": digest, "tensors": index}) + "\n")
+    sync(index_path)
     return [data_path, index_path]
+
+
+def _planned(name: str, tensor: Tensor) -> PlannedTensor:
+    return PlannedTensor(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
 def sha256(path: Path) -> str:

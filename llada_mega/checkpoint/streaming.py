@@ -24,7 +24,16 @@ from llada_mega.checkpoint.directory import NewDirectory
 from llada_mega.errors import CheckpointError
 from llada_mega.parallel.workers import Workers
 
-_TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _ALIGNMENT = 8  # of the first tensor, as the format asks
 Advance = Callable[[int], None]
 Progress = Callable[[int], Advance]  # bytes in all -> function that counts bytes done
@@ -146,7 +155,7 @@ def _check_room(missing: Sequence[PlannedFile], folder: Path) -> None:
 def _write_file(file: PlannedFile, advance: Advance) -> None:
     temporary = file.path.with_name(f".{file.path.name}.{os.getpid()}.tmp")
     try:
-        size, digest = _write_tensors(temporary, file.tensors, advance)
+        size, digest = write_tensors(temporary, file.tensors, advance)
         temporary.replace(file.path)
         content = {"bytes": size, "sha256": digest} | file.extra
         temporary.write_text(json.dumps(content) + "\n")
@@ -157,8 +166,10 @@ def _write_file(file: PlannedFile, advance: Advance) -> None:
         ) from error
 
 
-def _write_tensors(path: Path, tensors: Sequence[PlannedTensor], advance: Advance) -> tuple[int, str]:
-    """Bytes and SHA-256 of the written file."""
+def write_tensors(
+    path: Path, tensors: Sequence[PlannedTensor], advance: Advance = lambda count: None
+) -> tuple[int, str]:
+    """Write a safetensors file that is on the disk when this returns; its bytes and SHA-256. Raises OSError."""
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # so that all lie at multiples of their size
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from safetensors.torch import load_file
 
 from llada_mega.checkpoint import storage
 from llada_mega.errors import CheckpointError
@@ -125,3 +127,19 @@ def test_a_snapshot_overwrites_an_earlier_one() -> None:
     second, _ = storage.snapshot({"w": ShardedTensor.from_rank_offsets("w", 2 * weight)}, first)
     assert second["w@0.0"].data_ptr() == first["w@0.0"].data_ptr()
     assert torch.equal(second["w@0.0"], 2 * weight)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool],
+)
+def test_types_and_scalars_as_safetensors_reads_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"matrix": torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype), "scalar": torch.tensor(1).to(dtype)}
+    storage.write(tmp_path, 0, tensors, {})
+    read = load_file(storage.part_path(tmp_path, 0))
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+    index = json.loads(storage.part_path(tmp_path, 0).with_suffix(".json").read_text())
+    content = storage.part_path(tmp_path, 0).read_bytes()
+    assert index["bytes"] == len(content) and index["sha256"] == hashlib.sha256(content).hexdigest()

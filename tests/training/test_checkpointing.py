@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import errno
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from signal import SIGKILL
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 
 from llada_mega.checkpoint import storage
 from llada_mega.checkpoint.checkpoint import (
     is_complete,
     list_checkpoints,
     read_state,
+    remove_checkpoint,
     resolve_checkpoint,
+    step_name,
     verify,
 )
+from llada_mega.checkpoint.save import CheckpointWrite
 from llada_mega.checkpoint.storage import ShardReader
+from llada_mega.config.schema import Config
 from llada_mega.errors import CheckpointError, TrainingError
+from llada_mega.training.callbacks import checkpointing
+from llada_mega.training.run import run_training
+from tests.parallel.harness import RankError, run_ranks
 from tests.training.conftest import Train
 from tests.training.rows import read_rows
 
@@ -135,21 +148,110 @@ def test_no_room_is_noticed_before_writing(train: Train, tmp_path: Path, monkeyp
     assert names(tmp_path / "run") == []
 
 
+def train_and_be_killed(config: Config) -> None:
+    """On this rank, which dies after the tensors, before the marker."""
+    with mock.patch.object(CheckpointWrite, "finish", lambda *_: os.kill(os.getpid(), SIGKILL)):
+        run_training(config, Console(quiet=True))
+
+
 def test_a_killed_write_leaves_nothing_that_looks_complete(
+    train: Train, configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    """The partial directory is ignored; the next run goes on from the older checkpoint and removes it."""
+    train("run", "trainer.max_steps=2")
+    with pytest.raises(RankError, match="SIGKILL"):
+        run_ranks(train_and_be_killed, 1, config=configure("run", "checkpoint.every=2"))
+    root = tmp_path / "run" / "checkpoints"
+    assert names(tmp_path / "run") == ["step_00000002"]
+    assert (root / ".step_00000004.partial" / "tensors" / "part_00000.json").exists()
+    (root / ".step_00000001.removed" / "tensors").mkdir(parents=True)
+    assert train("run", "trainer.max_steps=3").step == 3
+    assert {path.name for path in root.iterdir()} == {"step_00000002", "step_00000003", "latest"}
+    assert train("run").step == 10
+
+
+def test_the_name_is_given_when_all_is_on_the_disk(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process dies after the tensors, before the marker: the partial directory is ignored and later replaced."""
+    """Tensors, then the marker, then the name; whatever a power cut leaves, a directory with the name is whole."""
+    root = tmp_path / "run" / "checkpoints"
+    partial, whole = root / ".step_00000001.partial", root / "step_00000001"
+    events: list[tuple[str, Path]] = []
+    rename, fsync = Path.replace, os.fsync
 
-    def die(*args: object) -> None:
-        raise KeyboardInterrupt
+    def record_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(("synced", Path(f"/proc/self/fd/{descriptor}").readlink()))
 
-    train("run", "trainer.max_steps=2")
-    with monkeypatch.context() as patch:
-        patch.setattr("llada_mega.checkpoint.save.CheckpointWrite.finish", die)
-        with pytest.raises(KeyboardInterrupt):
-            train("run", "checkpoint.every=2")
-    assert names(tmp_path / "run") == ["step_00000002"]
-    assert train("run").step == 10
+    def record_name(self: Path, target: Path) -> Path:
+        events.append(("named", target))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_name)
+    train("run", "trainer.max_steps=1")
+    marked, named = events.index(("named", partial / "COMPLETE")), events.index(("named", whole))
+    assert ("synced", partial / "tensors" / "part_00000.safetensors") in events[:marked]
+    content = {partial / path.relative_to(whole) for path in (whole, *whole.rglob("*"))}
+    assert {path for kind, path in events[:named] if kind == "synced"} == content
+    assert ("synced", partial / "COMPLETE") in events[marked:named] and ("synced", partial) in events[marked:named]
+    assert ("synced", root) in events[named:]
+
+
+def test_older_checkpoints_are_removed_off_the_training_thread(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the new one is complete, as nothing else would leave a run without one."""
+    seen: list[tuple[str, list[str]]] = []
+
+    def remove(path: Path) -> None:
+        seen.append((threading.current_thread().name, names(tmp_path / "run")))
+        remove_checkpoint(path)
+
+    monkeypatch.setattr(checkpointing, "remove_checkpoint", remove)
+    train("run", "checkpoint.every=5", "checkpoint.keep_last=1", "checkpoint.async=true")
+    assert seen == [("checkpoint-writer", ["step_00000005", "step_00000010"])]
+    assert names(tmp_path / "run") == ["step_00000010"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_reported(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpointing, "remove_checkpoint", refuse)
+    assert train("run", "checkpoint.every=5", "checkpoint.keep_last=1", "checkpoint.async=true").step == 10
+    assert names(tmp_path / "run") == ["step_00000005", "step_00000010"]
+    (row,) = read_rows(tmp_path / "run", "warning").values()
+    assert "older checkpoints were not removed" in row["warning"] and "step_00000005" in row["warning"]
+
+
+def train_and_fail(config: Config, failing_rank: int, phase: str) -> str:
+    """On this rank; the error's message. The second checkpoint fails."""
+    original = getattr(CheckpointWrite, phase)
+
+    def fail(self: CheckpointWrite, *arguments: object) -> None:
+        if self.rank == failing_rank and self.directory.name == step_name(4):
+            raise ZeroDivisionError("on purpose")
+        original(self, *arguments)
+
+    with mock.patch.object(CheckpointWrite, phase, fail), pytest.raises(CheckpointError) as error:
+        run_training(config, Console(quiet=True))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("failing_rank", "phase"), [(1, "write"), (0, "finish")])
+def test_two_ranks_save_or_fail_together(
+    configure: Callable[..., Config], tmp_path: Path, failing_rank: int, phase: str
+) -> None:
+    config = configure("run", "checkpoint.every=2", "checkpoint.keep_last=1", "checkpoint.async=true")
+    errors = run_ranks(train_and_fail, 2, config=config, failing_rank=failing_rank, phase=phase)
+    assert errors[0] == errors[1] and "step_00000004 was not written" in errors[0] and "on purpose" in errors[0]
+    (whole,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert whole.name == step_name(2) and verify(whole) == [] and len(list(whole.glob("tensors/*.json"))) == 2
+    assert run_training(configure("run", "checkpoint.async=true"), Console(quiet=True)).state.step == 10
+    assert not list(whole.parent.glob(".*"))
 
 
 def test_verify_finds_every_damage(train: Train, tmp_path: Path) -> None:

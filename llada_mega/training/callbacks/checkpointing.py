@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llada_mega.checkpoint.checkpoint import list_checkpoints, remove_checkpoint, step_name
+from llada_mega.checkpoint.checkpoint import list_checkpoints, remove_checkpoint, remove_leftovers, step_name
 from llada_mega.checkpoint.merge import ALL_STAGES, NEWEST_STAGE, find_candidates
 from llada_mega.checkpoint.save import CheckpointWrite
 from llada_mega.checkpoint.storage import Snapshot, snapshot
+from llada_mega.config.model import ModelConfig
 from llada_mega.config.training import CheckpointConfig
 from llada_mega.errors import CheckpointError
 from llada_mega.training.callback import Callback
@@ -26,8 +28,9 @@ LATEST = "latest"
 class CheckpointCallback(Callback):
     """Saves every ``checkpoint.every`` steps and at the end; synchronously, or in a thread with ``checkpoint.async``.
 
-    With the thread, training waits only for the copy to CPU memory, which is set aside before the first step and kept;
-    the checkpoint becomes visible at the first step boundary at which every rank has written its part.
+    With the thread, training waits only for the copy to CPU memory, which is set aside before the first step and kept.
+    At the first step boundary at which every rank has written its part, a thread of the first rank gives the checkpoint
+    its name and then removes those that are no longer to be kept.
     """
 
     name = phase = "checkpoint"
@@ -41,6 +44,8 @@ class CheckpointCallback(Callback):
         self._saved_step = -1
 
     def on_train_begin(self, trainer: Trainer) -> None:
+        if trainer.writes_files:  # it holds the lock of the run directory
+            remove_leftovers(self.root)
         self._saved_step = trainer.state.step if trainer.state.step else -1
         if self.config.async_save and self.config.every:
             self._memory, _ = snapshot(sharded_training_state(trainer.step))
@@ -71,7 +76,7 @@ class CheckpointCallback(Callback):
             self._pending.write.abandon()
 
     def _save(self, trainer: Trainer) -> None:
-        self._poll(trainer, wait=True)
+        self._poll(trainer, wait=True)  # a disk slower than checkpoint.every slows training down
         groups = trainer.step.groups
         write = CheckpointWrite(
             self.root / step_name(trainer.state.step), rank=groups.rank, world_size=groups.world_size
@@ -84,49 +89,74 @@ class CheckpointCallback(Callback):
         except CheckpointError as error:
             write_error = error
         _raise_together(write_error, write, groups.device)
-        self._pending = _Pending(write, state)
+        self._pending = _Pending(write, partial(self._complete, write, trainer.config.model, state))
         self._saved_step = trainer.state.step
         if not self.config.async_save:
             self._poll(trainer, wait=True)
 
     def _poll(self, trainer: Trainer, wait: bool) -> None:
-        """Give a written checkpoint its name once every rank is done."""
-        pending, device = self._pending, trainer.step.groups.device
-        if pending is None:
-            return
-        if wait:
-            pending.thread.join()
-        if not _all_ranks(not pending.thread.is_alive(), device):
-            return
-        self._pending = None
-        _raise_together(pending.error, pending.write, device)
-        finish_error: CheckpointError | None = None
+        """Go on with the checkpoint that is being written, once every rank is done with its part."""
+        device = trainer.step.groups.device
+        while (pending := self._pending) is not None:
+            if wait:
+                pending.thread.join()
+            if not _all_ranks(not pending.thread.is_alive(), device):
+                return
+            self._pending = None
+            _raise_together(pending.error, pending.write, device)
+            if pending.is_complete:
+                for line in pending.warnings:
+                    trainer.warn(line)
+                return
+            pending.begin_completion()
+            self._pending = pending
+
+    def _complete(self, write: CheckpointWrite, model: ModelConfig, state: dict[str, Any]) -> list[str]:
+        """Runs in the thread, on every rank; warnings."""
+        write.finish(model, state, self.tokenizer_dir)
+        if write.rank:
+            return []
+        link_latest(self.root, write.directory.name)
         try:
-            pending.write.finish(trainer.config.model, pending.state, self.tokenizer_dir)
-            if trainer.writes_files:
-                link_latest(self.root, pending.write.directory.name)
-                prune(self.root, self.config)
-        except CheckpointError as error:
-            finish_error = error
-        _raise_together(finish_error, pending.write, device)
+            prune(self.root, self.config)
+        except (CheckpointError, OSError) as error:  # no reason to end a run: its newest checkpoint is there
+            return [f"older checkpoints were not removed: {error}"]
+        return []
 
 
 class _Pending:
-    """A checkpoint whose tensors are being written."""
+    """A checkpoint on its way to disk: a thread writes this rank's tensors, and when all have, another completes it.
 
-    def __init__(self, write: CheckpointWrite, state: dict[str, Any]) -> None:
-        self.write, self.state = write, state
+    Args:
+        write: started.
+        complete: what is to be done once every rank has written; returns warnings.
+    """
+
+    def __init__(self, write: CheckpointWrite, complete: Callable[[], list[str]]) -> None:
+        self.write, self.warnings, self.is_complete = write, list[str](), False
         self.error: CheckpointError | None = None
-        self.thread = threading.Thread(target=self._run, name="checkpoint-writer")
-        self.thread.start()
+        self._complete = complete
+        self._start(write.write)
 
-    def _run(self) -> None:
-        try:
-            self.write.write()
-        except CheckpointError as error:  # handed to the main thread, which raises it
-            self.error = error
-        except Exception as error:
-            self.error = CheckpointError(f"checkpoint {self.write.directory} was not written: {error!r}")
+    def begin_completion(self) -> None:
+        """To be called when every rank has written its tensors."""
+        self._start(self._run_completion)
+
+    def _run_completion(self) -> None:
+        self.warnings = self._complete()
+        self.is_complete = True
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except CheckpointError as error:  # handed to the main thread, which raises it
+                self.error = error
+            except BaseException as error:
+                self.error = CheckpointError(f"checkpoint {self.write.directory} was not written: {error!r}")
+
+        self.thread = threading.Thread(target=run, name="checkpoint-writer")
+        self.thread.start()
 
 
 def _sum_over_ranks(device: torch.device, number: int) -> int:
@@ -162,7 +192,11 @@ def link_latest(root: Path, name: str) -> None:
 
 
 def prune(root: Path, config: CheckpointConfig) -> None:
-    """Remove checkpoints that are not among the newest ``keep_last``, the best ``keep_best`` or those to be merged."""
+    """Remove checkpoints that are not among the newest ``keep_last``, the best ``keep_best`` or those to be merged.
+
+    Raises:
+        CheckpointError, OSError: one is damaged or cannot be removed.
+    """
     checkpoints = list_checkpoints(root)
     keep = set(checkpoints[-config.keep_last :])
     best = [(ALL_STAGES, config.keep_best), (NEWEST_STAGE, config.merge_at_end)]
