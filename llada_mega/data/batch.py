@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from llada_kernels import IntervalMask
 from llada_kernels.exchange import RankExchange
@@ -83,6 +84,34 @@ class Batch:
             moves = torch.is_tensor(value) and field.name != "logit_rows_R"
             moved[field.name] = value.to(device, non_blocking=True) if moves else value
         return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, the mask's endpoints and the logit rows too, with the mask's plans.
+
+        Copies from there to a GPU wait for nothing. The data loader calls this where there is one.
+        """
+        pinned: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            pinned[field.name] = value.pin_memory() if torch.is_tensor(value) else value
+        mask = IntervalMask(self.mask.endpoints.pin_memory(), self.mask.total_k)
+        mask.plans.update(self.mask.plans)
+        return Batch(**pinned | {"mask": mask})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """NumPy arrays in place of tensors, and no plans.
+
+        A tensor that a worker process sends takes a file descriptor and a connection, and a step may have hundreds of
+        micro-batches; an array is a string of bytes.
+        """
+        state = {name: value.numpy() if torch.is_tensor(value) else value for name, value in vars(self).items()}
+        return state | {"mask": (self.mask.endpoints.numpy(), self.mask.total_k)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        endpoints, total_k = state.pop("mask")
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+        self.mask = IntervalMask(torch.from_numpy(endpoints), total_k)
 
 
 @dataclass

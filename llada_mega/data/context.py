@@ -31,7 +31,8 @@ def shard_batch(
     its rows and the keys that it has after ``key_exchange``. ``denominator`` and ``num_tokens`` stay with rank 0.
 
     Args:
-        batch: the whole one, on the CPU; the same on all ranks. Returned as it is when there is one rank.
+        batch: the whole one, on the CPU; the same on all ranks. Returned as it is when there is one rank; of a batch
+            in page-locked memory the part is, too.
         work_tile: what attention computes as a whole, as in ``RowPartition.balanced``: 1 on CPU, 128 on GPUs.
         row_multiple: logit rows are rounded up to a multiple of it.
 
@@ -50,7 +51,7 @@ def shard_batch(
     def rows(values_R: Tensor, fill: float = 0) -> Tensor:
         return extend(values_R[mine_L], size, fill)
 
-    return replace(
+    part = replace(
         batch,
         input_ids_S=batch.input_ids_S[rows_N],
         position_ids_S=batch.position_ids_S[rows_N],
@@ -68,6 +69,7 @@ def shard_batch(
         num_tokens=batch.num_tokens if rank == 0 else 0,
         key_exchange=exchange.of_rank(rank) if exchange.num_sent else None,
     )
+    return part.pin_memory() if batch.input_ids_S.is_pinned() else part
 
 
 def length_multiple(parallel: ParallelConfig, device: torch.device = GPU) -> int:

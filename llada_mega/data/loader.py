@@ -111,7 +111,7 @@ def micro_batches(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-    prefetch_factor: int = 2,
+    prefetch_factor: int | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches, one list a step.
 
@@ -120,7 +120,8 @@ def micro_batches(
         end_sample: steps start before it; default: the end of the curriculum.
         rank, world_size: in the data-parallel group.
         num_workers: processes that build batches; 0 builds them in this process when asked for.
-        prefetch_factor: micro-batches that each worker builds ahead.
+        prefetch_factor: micro-batches that each worker builds ahead; default: so many that together they have the next
+            step ready when it is asked for.
 
     Raises:
         ConfigError: at once, when the global batch does not split evenly into ranks and micro-batches.
@@ -134,6 +135,8 @@ def micro_batches(
         )
     end = samples.curriculum.total_samples if end_sample is None else end_sample
     places = Places(start_sample, end, global_batch_size, micro_batch_size, rank, world_size)
+    if prefetch_factor is None:
+        prefetch_factor = max(2, -(-places.per_step // max(num_workers, 1)))
     loader = DataLoader(
         MicroBatches(samples, options),
         batch_size=None,
@@ -142,6 +145,7 @@ def micro_batches(
         prefetch_factor=prefetch_factor if num_workers else None,
         # Not forked from this process: a fork inherits the locks of its threads (tokenizers, OpenMP) in any state.
         multiprocessing_context="forkserver" if num_workers else None,
+        pin_memory=torch.cuda.is_available(),  # by Batch.pin_memory; in a thread where there are workers
         generator=torch.Generator(),  # the loader draws a seed: not from the run's global generator
     )
     return _steps(loader, places.per_step)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from llada_mega.data.batch import Batch, build_batch
 from llada_mega.data.sample import Sample
@@ -240,3 +242,42 @@ def test_unknown_options() -> None:
     for option in ({"layout": "x"}, {"level": "x"}, {"block_origin": "x"}, {"clean_tokens": "x"}, {"block_size": 0}):
         with pytest.raises(ConfigError):
             build(samples, **option)
+
+
+def test_all_tensors_are_pinned_and_plans_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoints and the logit rows, which stay on the host for now, among them."""
+    pinned: list[Tensor] = []
+
+    def pin(self: Tensor) -> Tensor:
+        pinned.append(self.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    batch = build([make_sample([8, 8], [False, True], 0)])
+    plan = object()
+    batch.mask.plans["backend"] = plan
+    result = batch.pin_memory()
+    tensors = [value for value in vars(result).values() if torch.is_tensor(value)]
+    assert len(tensors) == 9
+    assert all(any(tensor is one for one in pinned) for tensor in [*tensors, result.mask.endpoints])
+    assert result.mask.plans["backend"] is plan
+    assert_equal(batch, result)
+
+
+def test_a_batch_survives_the_way_from_a_worker() -> None:
+    batch = build([make_sample([8, 8], [False, True], 0)])
+    batch.mask.plans["backend"] = object()  # which nothing could send
+    result = pickle.loads(pickle.dumps(batch))
+    assert_equal(batch, result)
+    result.weights_R.zero_()  # the arrays can be written to
+
+
+def assert_equal(one: Batch, two: Batch) -> None:
+    for field in fields(Batch):
+        mine, other = getattr(one, field.name), getattr(two, field.name)
+        if field.name == "mask":
+            assert torch.equal(mine.endpoints, other.endpoints) and mine.total_k == other.total_k
+        elif torch.is_tensor(mine):
+            assert torch.equal(mine, other) and mine.dtype == other.dtype, field.name
+        else:
+            assert mine == other, field.name

@@ -111,3 +111,25 @@ def test_one_rank_has_the_batch_itself_and_uneven_positions_are_refused() -> Non
     assert shard_batch(batch, 0, 1) is batch
     with pytest.raises(ValueError, match="10 rows cannot be split evenly over 4 ranks"):
         shard_batch(batch, 0, 4)
+
+
+def test_a_part_of_a_pinned_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing rows makes new tensors, which the loader did not see."""
+    batch = build_batch(
+        [Sample(torch.arange(1, 17), [16], [False], torch.ones(16, dtype=torch.bool), 0)],
+        layout="bdlm",
+        block_size=4,
+        objective=DiffusionObjective("elbo", LINEAR),
+        schedule=LINEAR,
+        seed=11,
+        mask_token_id=99,
+        pad_token_id=98,
+    )
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    part = shard_batch(batch, 0, 2)
+    assert not pinned
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor is batch.input_ids_S)
+    part = shard_batch(batch, 0, 2)
+    tensors = [value for value in vars(part).values() if torch.is_tensor(value)]
+    assert all(any(tensor is one for one in pinned) for tensor in [*tensors, part.mask.endpoints])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from llada_mega.config.data import Corpus, DataConfig
 from llada_mega.config.training import ObjectiveConfig, StageConfig, StageObjectiveConfig
+from llada_mega.data import loader
 from llada_mega.data.batch import Batch
 from llada_mega.data.indexed import IndexedCorpus
 from llada_mega.data.loader import BatchOptions, micro_batches
@@ -188,6 +190,41 @@ def test_a_dead_worker_ends_in_one_line(samples: CurriculumSamples) -> None:
         for _ in steps:
             pass
     assert "\n" not in str(caught.value)
+
+
+def open_files() -> int:
+    """Descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_whole_step_is_built_ahead_and_takes_no_descriptors(samples: CurriculumSamples) -> None:
+    """A step may have hundreds of micro-batches, a process often no more than 1024 files."""
+    steps = micro_batches(samples, OPTIONS, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, num_workers=1)
+    first = next(steps)
+    before = open_files()
+    kept = [*first, *next(steps), *next(steps)]
+    assert len(kept) == 3 * GLOBAL_BATCH
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("num_workers", "micro_batch", "expected"), [(0, 1, None), (1, 1, 8), (3, 1, 3), (2, 4, 2)])
+def test_what_is_asked_of_the_loader(
+    samples: CurriculumSamples,
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int,
+    micro_batch: int,
+    expected: int | None,
+) -> None:
+    """Together the workers have a step ready; with a GPU, in page-locked memory."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(loader, "DataLoader", lambda *_, **options: asked.append(options))
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        micro_batches(
+            samples, OPTIONS, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch, num_workers=num_workers
+        )
+    assert [options["pin_memory"] for options in asked] == [False, True]
+    assert [options["prefetch_factor"] for options in asked] == [expected, expected]
 
 
 def test_uneven_splits_are_refused(samples: CurriculumSamples) -> None:
