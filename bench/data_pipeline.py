@@ -2,8 +2,8 @@
 
 ``python -m bench.data_pipeline`` packs synthetic corpora (log-normal document lengths, random ids, checked against a
 vocabulary) to samples of 4096 tokens and makes micro-batches of them, as a training run does. CPU seconds are counted
-for the rates. For the waiting, a consumer asks for a micro-batch, sleeps as long as a step takes on an accelerator, and
-asks again: what it waits is what the loader's processes did not hide.
+for the rates. For the waiting, a consumer asks for the micro-batches of a step, sleeps as long as the step takes on an
+accelerator, and asks again: what it waits is what the loader's processes did not hide.
 
 Legend: L tokens of a sample.
 """
@@ -39,7 +39,7 @@ LENGTH, VOCAB_SIZE, MASK_TOKEN = 4096, 150_000, 1
 CORPUS_TOKENS = 20_000_000
 MEAN_DOCUMENT = (200, 1000, 8000)
 BLOCK_SIZES = (1, 32, LENGTH)
-STEP_SECONDS = 0.05
+STEP_SECONDS, MICRO_BATCHES = 0.4, 8  # 82K tokens a second
 PARTS = ("order and packing", "reading", "noise levels and masks", "endpoints", "putting together")
 OPTIONS = BatchOptions(seed=1, mask_token_id=MASK_TOKEN, pad_token_id=0)
 
@@ -57,12 +57,15 @@ class Rate:
 
 @dataclass(frozen=True)
 class Wait:
-    """Milliseconds that a step of ``step_milliseconds`` waited for its micro-batch; the first steps are left out."""
+    """Milliseconds of wall time that a step of ``step_milliseconds`` waited for its ``micro_batches``, and milliseconds
+    of CPU time that they took the training process; the first steps are left out."""
 
     workers: int
     step_milliseconds: float
+    micro_batches: int
     median: float
     largest: float
+    cpu: float
 
 
 def write_corpus(prefix: Path, mean_document: int) -> None:
@@ -139,19 +142,27 @@ def rate(packed: PackedCorpus, block_size: int, mean_document: int, count: int =
     )
 
 
-def wait(packed: PackedCorpus, workers: int, steps: int = 60) -> Wait:
+def wait(packed: PackedCorpus, workers: int, steps: int = 25) -> Wait:
     """What a consumer with steps of ``STEP_SECONDS`` waits; the workers' start is not counted."""
     batches = micro_batches(
-        samples_of(packed, 32), OPTIONS, global_batch_size=1, micro_batch_size=1, num_workers=workers
+        samples_of(packed, 32), OPTIONS, global_batch_size=MICRO_BATCHES, micro_batch_size=1, num_workers=workers
     )
-    waited = []
+    waited, worked = [], []
     for _ in range(steps + 5):
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), _Clock()
         next(batches)
-        waited.append(time.perf_counter() - start)
+        waited.append(1e3 * (time.perf_counter() - start))
+        worked.append(1e3 * clock.lap())
         time.sleep(STEP_SECONDS)
     counted = waited[5:]
-    return Wait(workers, 1e3 * STEP_SECONDS, 1e3 * statistics.median(counted), 1e3 * max(counted))
+    return Wait(
+        workers,
+        1e3 * STEP_SECONDS,
+        MICRO_BATCHES,
+        statistics.median(counted),
+        max(counted),
+        statistics.median(worked[5:]),
+    )
 
 
 def measure(say: Callable[[str], None] = print) -> tuple[list[Rate], list[Wait]]:
@@ -170,8 +181,8 @@ def measure(say: Callable[[str], None] = print) -> tuple[list[Rate], list[Wait]]
             waits.append(wait(packed, workers))
             found = waits[-1]
             say(
-                f"data.num_workers={workers}: a step of {found.step_milliseconds:.0f} ms waits {found.median:.2f} ms, "
-                f"at most {found.largest:.2f} ms"
+                f"data.num_workers={workers}: a step of {found.step_milliseconds:.0f} ms and {found.micro_batches} "
+                f"micro-batches waits {found.median:.1f} ms, at most {found.largest:.1f} ms; {found.cpu:.1f} ms of CPU"
             )
     return rates, waits
 

@@ -4,7 +4,8 @@
 save cannot take less of the training thread's time than a copy of weights and optimizer state, so the floor is their
 bytes at the rate of a copy between two resident buffers, measured in the same process. Stall is the time in the
 checkpoint's hook: the copy, and later giving the written checkpoint its name. What writing and checksums, in their
-thread, take from the steps in the meantime is told apart from it.
+thread, take from the steps in the meantime is told apart from it. All by the wall clock; on a machine that does other
+work, compare the CPU seconds, of the copy and of the training thread in the hook.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ MODEL = (
 
 @dataclass(frozen=True)
 class SaveStall:
-    """Seconds of wall time. ``stall_seconds``, ``synchronous_seconds`` and ``lost_to_writing_seconds`` have one value a
-    save; the last is what the steps up to the next save took more than the usual step."""
+    """Seconds of wall time unless they are called CPU seconds. Lists have one value a save;
+    ``lost_to_writing_seconds`` is what the steps up to the next save took more than the usual step."""
 
     mib: float
     copy_gib_per_second: float
     floor_seconds: float
+    floor_cpu_seconds: float
     stall_seconds: list[float]
+    stall_cpu_seconds: list[float]
     synchronous_seconds: list[float]
     step_seconds: float
     lost_to_writing_seconds: list[float]
@@ -54,22 +57,28 @@ class SaveStall:
         """One and a half copies and a tenth of a second."""
         return 1.5 * self.floor_seconds + 0.1
 
+    @property
+    def limit_cpu_seconds(self) -> float:
+        """The same at the CPU time of a copy."""
+        return 1.5 * self.floor_cpu_seconds + 0.1
 
-def copy_rate(size: int = COPY_BYTES, repeats: int = 9) -> float:
-    """Bytes per second of copying one resident buffer to another on this process's threads."""
+
+def copy_rate(size: int = COPY_BYTES, repeats: int = 9) -> tuple[float, float]:
+    """Bytes per second and per CPU-second of copying one resident buffer to another on this process's threads."""
     source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         target.copy_(source)
         seconds.append(time.perf_counter() - start)
-    return size / statistics.median(seconds)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    return size / statistics.median(seconds), size / statistics.median(cpu_seconds)
 
 
 def measure(directory: Path) -> SaveStall:
     """Train twice below ``directory``."""
     overrides = [*prepare_corpus(directory / "corpus"), *MODEL]
-    rate = copy_rate()
+    rate, cpu_rate = copy_rate()
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         runs = {}
         for mode in ("true", "false"):
@@ -84,7 +93,9 @@ def measure(directory: Path) -> SaveStall:
         mib=size / 2**20,
         copy_gib_per_second=rate / 2**30,
         floor_seconds=size / rate,
+        floor_cpu_seconds=size / cpu_rate,
         stall_seconds=[background.checkpoint[s.start - 1] + sum(background.checkpoint[s]) for s in spans],
+        stall_cpu_seconds=[background.checkpoint_cpu[s.start - 1] + sum(background.checkpoint_cpu[s]) for s in spans],
         synchronous_seconds=[blocking.checkpoint[s.start - 1] for s in spans],
         step_seconds=usual,
         lost_to_writing_seconds=[sum(background.step[s]) - usual * len(background.step[s]) for s in spans],
@@ -102,6 +113,8 @@ def text(result: SaveStall) -> str:
         f"{result.floor_seconds:.2f} s and the limit {result.limit_seconds:.2f} s\n"
         f"asynchronous saves stall training for {numbers(result.stall_seconds)} s, "
         f"synchronous ones for {numbers(result.synchronous_seconds)} s\n"
+        f"in CPU seconds: {numbers(result.stall_cpu_seconds)}, floor {result.floor_cpu_seconds:.2f}, "
+        f"limit {result.limit_cpu_seconds:.2f}\n"
         f"while one is written, steps of {result.step_seconds:.2f} s lose "
         f"{numbers(result.lost_to_writing_seconds)} s in all"
     )

@@ -54,5 +54,6 @@ def test_every_step_is_observed(corpus: Path, tmp_path: Path) -> None:  # noqa: 
             "trainer.micro_batch_size=1",
         ],
     )
-    assert [len(values) for values in (seconds.data, seconds.step, seconds.checkpoint)] == [3, 3, 3]
+    observed = (seconds.data, seconds.step, seconds.checkpoint, seconds.checkpoint_cpu)
+    assert [len(values) for values in observed] == [3, 3, 3, 3]
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
