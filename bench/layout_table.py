@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from bench.corpus import prepare_corpus
 from llada_mega.commands.processes import start_processes
+from llada_mega.ranks import usable_cores
 
 START, END = "<!-- table of make bench-layouts -->", "<!-- end of the table -->"
 TIMED_STEPS = 3
@@ -109,7 +109,7 @@ def operations(ranks: list[dict[str, Any]]) -> str:
 def table(results: dict[str, Any]) -> str:
     """The table with a line about the machine."""
     lines = [
-        f"{cpu_model()}, {cpu_count()} cores for all processes, one thread each; {date.today().isoformat()}. "
+        f"{cpu_model()}, {usable_cores()} cores for all processes, one thread each; {date.today().isoformat()}. "
         f"`model=tiny_ling` with {LAYERS} layers and a vocabulary of 2048, float32, {GLOBAL_BATCH} samples of "
         f"{LENGTH} tokens a step, block size {BLOCK_SIZE}; median of {TIMED_STEPS} steps.",
         "",
@@ -130,8 +130,3 @@ def cpu_model() -> str:
     """The processor's name."""
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def cpu_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

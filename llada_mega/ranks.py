@@ -33,6 +33,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: of a container, a job or ``taskset`` fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+
+
 def has_launcher() -> bool:
     """True when errors of this process are shown by the one that started it."""
     return ERROR_FILE_VARIABLE in os.environ

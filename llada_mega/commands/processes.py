@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_mega.ranks import ERROR_FILE_VARIABLE, STOP_SIGNALS, STOPPED_STATUS, log_path
+from llada_mega.ranks import ERROR_FILE_VARIABLE, STOP_SIGNALS, STOPPED_STATUS, log_path, usable_cores
 
 COMMAND = (sys.executable, "-m", "llada_mega")
 GRACE_SECONDS = 10.0  # for the other ranks to end by themselves, and again after they were asked to
@@ -116,7 +116,7 @@ def _environment(rank: int, count: int, port: int, error_file: Path) -> dict[str
         ERROR_FILE_VARIABLE: error_file,
     }
     environment = os.environ | {name: str(value) for name, value in variables.items()}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     return environment
 
 

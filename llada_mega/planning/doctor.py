@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from llada_mega.parallel.capabilities import (
     optimizer_library,
     version,
 )
+from llada_mega.ranks import usable_cores
 
 _GIB = 2**30
 MIN_DISK_GIB = 1.0  # below it, not even the small runs of the documentation can save
@@ -123,7 +123,7 @@ def _machine(path: Path) -> Iterator[Part]:
     yield Part("Python", platform.python_version(), True)
     yield Part("PyTorch", str(torch.__version__), True)
     yield Part("Megatron-Core", version("megatron-core"), True)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     yield Part("CPU", f"{cores} core{'s'[: cores > 1]}", True)
     memory = psutil.virtual_memory()
     yield Part("memory", f"{memory.total / _GIB:.0f} GiB, {memory.available / _GIB:.0f} GiB available", True)

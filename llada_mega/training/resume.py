@@ -101,6 +101,23 @@ def find_resume_point(config: Config, run_dir: Path) -> Path | None:
     return usable[-1] if usable else None
 
 
+def agree_on_resume_point(found: Path | None, groups: ParallelGroups) -> None:
+    """Make sure that all ranks go on from the same checkpoint, or all from the start. A collective.
+
+    Raises:
+        CheckpointError: they do not: their file systems differ, or one is not up to date.
+    """
+    points: list[Path | None] = [None] * groups.world_size
+    dist.all_gather_object(points, found)
+    others = [rank for rank, point in enumerate(points) if point != points[0]]
+    if others:
+        first, other = (points[rank] or "the start" for rank in (0, others[0]))
+        raise CheckpointError(
+            f"rank 0 goes on from {first}, rank {others[0]} from {other}; run.dir has to be on storage that all nodes "
+            "share"
+        )
+
+
 def intact_resume_point(config: Config, found: Path, groups: ParallelGroups) -> tuple[Path, list[str]]:
     """What to resume from in place of what was ``found``, after reading all of it, and what to tell the user.
 

@@ -52,6 +52,7 @@ from llada_mega.training.optimizer import build_optimizer, wrap_data_parallel
 from llada_mega.training.outcome import Outcome, end_process, recorded
 from llada_mega.training.redaction import redact
 from llada_mega.training.resume import (
+    agree_on_resume_point,
     check_contract,
     find_resume_point,
     first_difference,
@@ -99,6 +100,7 @@ def run_training(config: Config, console: Console | None = None, signals: StopSi
 
         groups = initialize(config.parallel, seed=config.seed)
         try:
+            agree_on_resume_point(resume_from, groups)
             passed_over: list[str] = []
             if resume_from is not None:
                 newest, (resume_from, passed_over) = resume_from, intact_resume_point(config, resume_from, groups)

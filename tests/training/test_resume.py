@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from rich.console import Console
 
 from llada_mega.checkpoint.checkpoint import list_checkpoints
+from llada_mega.config.schema import Config
 from llada_mega.errors import CheckpointError
+from llada_mega.training import run as run_module
+from llada_mega.training.run import run_training
+from tests.parallel.harness import RankError, run_ranks
 from tests.training.conftest import TINY_MOE, Train
 from tests.training.rows import read_rows, untimed_state
 
@@ -177,3 +183,18 @@ def test_weights_without_a_run_cannot_be_resumed(train: Train, tmp_path: Path) -
     (checkpoint / "state.json").write_text("{}\n")
     with pytest.raises(CheckpointError, match="trainer.init="):
         train("run", f"checkpoint.resume={checkpoint}")
+
+
+def resume_where_ranks_differ(config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            patch.setattr(run_module, "find_resume_point", lambda *a: None)
+        run_training(config, Console(quiet=True))
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(configure: Callable[..., Config], tmp_path: Path) -> None:
+    overrides = ("trainer.micro_batch_size=1", "trainer.max_steps=2", "checkpoint.every=2")
+    run_training(configure("run", *overrides), Console(quiet=True))
+    config = configure("run", *overrides[:1], "trainer.max_steps=4", "checkpoint.every=2")
+    with pytest.raises(RankError, match="rank 1 from the start; run.dir has to be on storage that all nodes share"):
+        run_ranks(resume_where_ranks_differ, 2, config=config)

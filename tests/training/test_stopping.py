@@ -52,6 +52,15 @@ def exit_file(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "exit.json").read_text())
 
 
+def test_a_stop_file_in_the_last_step_does_not_stop_the_next_start(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        with_event(patch, 10, (tmp_path / "run" / "STOP").touch)
+        assert run_training(configure("run"), Console(quiet=True)).stop_reason is None
+    assert not (tmp_path / "run" / "STOP").exists()
+
+
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT", "STOP", "exit_after"])
 def test_a_stopped_run_continues_bit_for_bit(
     configure: Configure, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str

@@ -55,6 +55,10 @@ class StopCallback(Callback):
         self._agree(trainer)
         return True
 
+    def on_train_end(self, trainer: Trainer) -> None:
+        if trainer.writes_files:
+            self._stop_file.unlink(missing_ok=True)  # it came in the last step: the next start is to train
+
     def on_stop(self, trainer: Trainer) -> None:
         if trainer.writes_files:
             self._stop_file.unlink(missing_ok=True)  # obeyed: the next start is to train
