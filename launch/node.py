@@ -66,10 +66,8 @@ def main(overrides: Sequence[str]) -> int:
         _say(summary(plan))
         verdict = restarts.begin(plan.run_dir, plan.rendezvous.run_id, plan.max_restarts)
         if verdict is not None:
-            _say(verdict.reason)
-            return verdict.status
-        if counted_elsewhere := os.environ.get("UNCOUNTED_STARTS"):  # by slurm/job.sh, until here
-            Path(counted_elsewhere).unlink(missing_ok=True)
+            return _conclude(plan, verdict)
+        restarts.tell_batch_script(os.environ, 0)
     # torchrun reads PET_* for itself; what they say is in the plan.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PET_")} | plan.added
     if plan.preflight != "off":
@@ -85,9 +83,7 @@ def main(overrides: Sequence[str]) -> int:
     status = TorchRun(plan.torchrun("train", "llada_mega", "train", *overrides), variables).run()
     if not plan.rendezvous.is_head:
         return 0 if restarts.read_exit(plan.run_dir).get("status") == "finished" else int(status != 0)
-    verdict = restarts.judge(plan.run_dir, status, plan.max_restarts)
-    _say(f"{plan.run_dir}: {verdict.reason}")
-    return verdict.status
+    return _conclude(plan, restarts.judge(plan.run_dir, status, plan.max_restarts))
 
 
 def make_plan(overrides: Sequence[str], variables: Mapping[str, str]) -> Plan:
@@ -150,6 +146,13 @@ def summary(plan: Plan) -> str:
         *(f"  {name}={value}" for name, value in plan.added.items()),
     ]
     return "\n".join(lines)
+
+
+def _conclude(plan: Plan, verdict: restarts.Verdict) -> int:
+    _say(f"{plan.run_dir}: {verdict.reason}")
+    if verdict.status == restarts.GIVE_UP:
+        restarts.tell_batch_script(os.environ, plan.max_restarts + 1)
+    return verdict.status
 
 
 def _record(plan: Plan) -> None:

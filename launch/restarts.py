@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,20 @@ def begin(run_dir: Path, run_id: str | None, limit: int) -> Verdict | None:
     temporary.replace(run_dir / RECORD_FILE)
     (run_dir / EXIT_FILE).unlink(missing_ok=True)
     return None
+
+
+def tell_batch_script(variables: Mapping[str, str], starts: int) -> None:
+    """Correct the number of starts without progress that ``slurm/job.sh`` keeps in ``STARTS_FILE``.
+
+    0 says that this launcher has counted the start for itself. More than the limit ends the job even where another node
+    ends with a status above :data:`GIVE_UP`, which then hides it from the batch script. Without the variable nothing
+    is done.
+    """
+    if path := variables.get("STARTS_FILE"):
+        if starts:
+            Path(path).write_text(f"{starts}\n")
+        else:
+            Path(path).unlink(missing_ok=True)
 
 
 def judge(run_dir: Path, torchrun_status: int, limit: int) -> Verdict:

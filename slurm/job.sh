@@ -3,29 +3,30 @@
 # job, outside of any container, with bash and Slurm's commands alone; whatever needs Python is in launch/.
 set -euo pipefail
 
-# Starts in a row that no launcher has counted: it removes this file when it has, and goes by its own count from there
-# (launch/restarts.py). One that dies before would be requeued without end, below or, with its node, by Slurm.
-export UNCOUNTED_STARTS=$PWD/${EXPERIMENT}_$SLURM_JOB_ID.starts
+# How many starts in a row came to nothing. The launcher of the first node removes the file once it has counted the start
+# for itself (launch/restarts.py), and writes one that is too high when it gives up: srun tells the highest status of all
+# nodes alone. A launcher that dies before it counts would be requeued without end, below or, with its node, by Slurm.
+export STARTS_FILE=$PWD/${EXPERIMENT}_$SLURM_JOB_ID.starts
 end() { # with this status, for good
-    rm -f "$UNCOUNTED_STARTS"
+    rm -f "$STARTS_FILE"
     exit "$1"
 }
 fail() {
     echo "error: $*" >&2
     end 2
 }
-uncounted() {
+starts() {
     local number=0
-    [[ ! -s $UNCOUNTED_STARTS ]] || read -r number <"$UNCOUNTED_STARTS"
+    [[ ! -s $STARTS_FILE ]] || read -r number <"$STARTS_FILE"
     echo "$number"
 }
-end_restarts_without_count() {
-    (($(uncounted) > ${MAX_RESTARTS:-3})) || return 0
-    echo "given up: $(uncounted) starts in a row in which no launcher came to train (MAX_RESTARTS=${MAX_RESTARTS:-3})" >&2
+give_up_after_too_many() {
+    (($(starts) > ${MAX_RESTARTS:-3})) || return 0
+    echo "given up: the last $(starts) starts came to nothing (MAX_RESTARTS=${MAX_RESTARTS:-3})" >&2
     end 86
 }
-end_restarts_without_count
-echo $(($(uncounted) + 1)) >"$UNCOUNTED_STARTS" || fail "$UNCOUNTED_STARTS cannot be written"
+give_up_after_too_many
+echo $(($(starts) + 1)) >"$STARTS_FILE" || fail "$STARTS_FILE cannot be written"
 
 # Other nodes connect to the first one. There is no fallback: with localhost every node would wait for itself.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
@@ -61,6 +62,6 @@ if ((status != 85 && status < 128)); then
     echo "the job ends with status $status ($LLADA_MEGA_HOME/docs/cluster.md)"
     end "$status"
 fi
-end_restarts_without_count
+give_up_after_too_many
 echo "requeued with status $status, restart $((${SLURM_RESTART_COUNT:-0} + 1))"
 scontrol requeue "$SLURM_JOB_ID" || fail "Slurm does not requeue this job; submit it again, it resumes"

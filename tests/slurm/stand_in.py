@@ -2,7 +2,8 @@
 
 Each task notes what it sees in ``$NOTES/<node>.<restart>``, one line an event. ``PLAN`` has one word a start, the last
 one holds for all that follow: a number is the exit status of the first node (the others end well), ``counted`` counts
-the start as a launcher does and ends with 137, ``wait`` waits for a signal and ends with 85, ``sleep`` waits for ever.
+the start as a launcher does and ends with 137, ``given_up`` gives up on the first node while the other is killed,
+``wait`` waits for a signal and ends with 85, ``sleep`` waits for ever.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ note(f"master {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
 if action == "counted":
     action = "137"
     if node == "0":
-        Path(os.environ["UNCOUNTED_STARTS"]).unlink()
+        Path(os.environ["STARTS_FILE"]).unlink()
+if action == "given_up":
+    Path(os.environ["STARTS_FILE"]).write_text("9\n")
+    sys.exit(86 if node == "0" else 137)
 if action.isdecimal():
     sys.exit(int(action) if node == "0" else 0)
 while True:

@@ -106,7 +106,7 @@ def test_a_launcher_that_never_counts_its_starts_is_not_requeued_without_end(che
     job = checkout.submit("137", MAX_RESTARTS="1")
     ended = checkout.cluster.wait_for_job(job, *FINAL)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "86:0", "1")
-    assert "given up: 2 starts in a row in which no launcher came to train" in checkout.log(job)
+    assert "given up: the last 2 starts came to nothing (MAX_RESTARTS=1)" in checkout.log(job)
     assert not list(checkout.directory.glob("*.starts"))
 
 
@@ -115,6 +115,13 @@ def test_a_launcher_that_counts_decides_for_itself(checkout: Checkout) -> None:
     assert checkout.cluster.wait_for_job(job, *FINAL)["JobState"] == "COMPLETED"
     assert checkout.cluster.job(job)["Restarts"] == "2"
     assert not list(checkout.directory.glob("*.starts"))
+
+
+def test_a_run_that_is_given_up_ends_whatever_happens_to_the_other_nodes(checkout: Checkout) -> None:
+    """srun returns the higher status, of the node that was killed."""
+    job = checkout.submit("given_up")
+    ended = checkout.cluster.wait_for_job(job, *FINAL)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "86:0", "0")
 
 
 def test_scancel_asks_for_a_checkpoint_and_does_not_requeue(checkout: Checkout) -> None:
