@@ -1,6 +1,6 @@
 """One small run on two processes through many faults, against the same run left alone.
 
-    python -m bench.faults [--count 65] [--seed 0] [--directory DIR] [--output docs/faults.md]
+    python -m bench.faults [--count 65] [--seed 0] [--directory DIR] [--output table.md]
 
 The run is started again after every fault, until all have happened and it has finished. Every row that it ever wrote,
 of steps that were made twice too, has to equal the row of the run that was left alone, bit for bit; every start has to
@@ -394,7 +394,12 @@ def main() -> None:
     kinds = [given.kinds[index % len(given.kinds)] for index in range(given.count)]
     directory = given.directory or Path(tempfile.mkdtemp(prefix="llada_mega_faults_"))
     began = time.time()
-    results, rows = run_campaign(directory, kinds, given.seed, lambda line: print(line, flush=True))
+    try:
+        results, rows = run_campaign(directory, kinds, given.seed, lambda line: print(line, flush=True))
+    except CampaignError as error:
+        sys.exit(f"error: {error}\nwhat the launchers printed is in {directory}")
+    if given.directory is None:
+        shutil.rmtree(directory)
     command = f"make faults ARGS='--count {given.count} --seed {given.seed}'"
     table = render(results, rows, command, time.time() - began)
     print(table)
