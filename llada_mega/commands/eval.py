@@ -48,13 +48,15 @@ def check(options: EvalOptions) -> None:
 
 
 def run(options: EvalOptions) -> int:
-    """Prints the result as JSON and writes it to ``output``."""
+    """Prints the result as JSON (for a reader at a terminal also as a table) and writes it to ``output``."""
     from rich.console import Console
     from rich.progress import Progress
 
     from llada_mega.evaluation.run import run_eval
+    from llada_mega.reporting.terminal import render_eval
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task("evaluating", total=None)
         result = run_eval(
             model_path(options.checkpoint, options.hf),
@@ -73,6 +75,8 @@ def run(options: EvalOptions) -> int:
             on_pass=lambda done, total: progress.update(task, completed=done, total=total),
         )
     print(json.dumps(result, indent=2))
+    if console.is_terminal:
+        console.print(render_eval(result))
     return 0
 
 
