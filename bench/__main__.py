@@ -28,35 +28,35 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 
 def run_step(output: Path, images: Path) -> Any:
-    """See :mod:`bench.step`."""
+    """One step against the plain one and the floor (:mod:`bench.step`)."""
     report = step.measure(step.prepare(step.benchmark_model(), [step.LENGTH], step.BLOCK_SIZE), repeats=15)
     print("\n".join(f"{name:34}{value}" for name, value in asdict(report).items()))
     return asdict(report)
 
 
 def run_scaling(output: Path, images: Path) -> Any:
-    """See :mod:`bench.scaling`."""
+    """Length, documents, block size and experts, one at a time (:mod:`bench.scaling`)."""
     points = scaling.sweep(repeats=3)
     write_scaling(points, images / "bench_scaling.png")
     return [asdict(point) for point in points]
 
 
 def run_data(output: Path, images: Path) -> Any:
-    """See :mod:`bench.data_pipeline`."""
+    """Tokens a second of the pipeline, and what a step waits for it (:mod:`bench.data_pipeline`)."""
     rates, waits = data_pipeline.measure()
     write_data(rates, images / "bench_data.png")
     return {"rates": [asdict(rate) for rate in rates], "waits": [asdict(wait) for wait in waits]}
 
 
 def run_save(output: Path, images: Path) -> Any:
-    """See :mod:`bench.save_stall`."""
+    """What a checkpoint holds up (:mod:`bench.save_stall`)."""
     result = save_stall.measure(output)
     print(save_stall.text(result))
     return asdict(result)
 
 
 def run_optimizer(output: Path, images: Path) -> Any:
-    """See :mod:`bench.optimizer_step`."""
+    """AdamW's implementations (:mod:`bench.optimizer_step`)."""
     result = optimizer_step.measure()
     print(optimizer_step.text(result))
     return asdict(result)
@@ -106,7 +106,7 @@ def main() -> None:
     for folder in (output, options.images):
         folder.mkdir(parents=True, exist_ok=True)
     for name in options.parts or PARTS:
-        print(f"\n{name}: {PARTS[name].__doc__}")
+        print(f"\n{name}: {str(PARTS[name].__doc__).partition(' (')[0]}", flush=True)
         content = {
             "command": f"python -m bench {name}",
             "machine": machine(),
