@@ -23,6 +23,7 @@ import torch
 
 from bench import data_pipeline, optimizer_step, save_stall, scaling, step
 from bench.figure import write_data, write_scaling
+from llada_mega.parallel import destroy
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
@@ -112,6 +113,7 @@ def main() -> None:
             "machine": machine(),
             "result": PARTS[name](output, options.images),
         }
+        destroy()  # the process groups of a part's models: a training run makes its own
         path = output / f"{name}.json"
         path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         print(f"wrote {path}")

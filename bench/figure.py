@@ -43,7 +43,8 @@ def write_scaling(points: Sequence[Point], output: Path) -> None:
             axis.set_ylim(bottom=0)
             axis.set_xlabel(label)
             axis.set_ylabel("tokens per CPU-second")
-        figure.axes[0].legend(frameon=False)
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", frameon=False, ncols=3)
         figure.savefig(output, dpi=150, facecolor="white")
 
 

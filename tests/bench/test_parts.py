@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import __main__ as all_parts
 from bench import data_pipeline
 from bench.observed_run import observe
 from bench.step import benchmark_model, compare, prepare
 from llada_mega.checkpoint.checkpoint import list_checkpoints
-from llada_mega.parallel import destroy
+from llada_mega.config.run import ParallelConfig
+from llada_mega.parallel import destroy, initialize
 from tests.training.conftest import corpus  # noqa: F401  (a fixture)
 
 
@@ -57,3 +60,17 @@ def test_every_step_is_observed(corpus: Path, tmp_path: Path) -> None:  # noqa: 
     observed = (seconds.data, seconds.step, seconds.checkpoint, seconds.checkpoint_cpu)
     assert [len(values) for values in observed] == [3, 3, 3, 3]
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
+
+
+def test_a_part_does_not_meet_the_process_groups_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destroy()
+
+    def part(output: Path, images: Path) -> int:
+        return initialize(ParallelConfig(), seed=1).world_size
+
+    monkeypatch.setattr(all_parts, "PARTS", {"one": part, "two": part})
+    monkeypatch.setattr("sys.argv", ["bench", "--output", str(tmp_path), "--images", str(tmp_path)])
+    all_parts.main()
+    assert json.loads((tmp_path / "two.json").read_text())["result"] == 1
