@@ -6,7 +6,7 @@ middle of otherwise device-independent code. :func:`install` gives the ``megatro
 are patched at once, the others when they are imported, so the order of imports does not matter. torch itself keeps
 its behaviour for everyone else, with one exception: ``Tensor.cuda()``, which could only raise, returns the tensor.
 
-Memory that a step frees stays with the process, for the next step, and groups of the same ranks are one group. With
+Memory that a step frees stays with the process, for the next step, and all groups of one rank alone are one group. With
 CUDA, :func:`install` does nothing.
 """
 
@@ -255,7 +255,7 @@ def _patch_token_dispatcher(token_dispatcher: Any) -> None:
 
 
 def _patch_parallel_state(parallel_state: Any) -> None:
-    """One process group for equal ranks.
+    """One process group for all that consist of the same single rank, of which a small run has nothing else.
 
     Gloo has a thread for each group that wakes up a hundred times a second: two dozen took 3 % of a core.
     """
@@ -265,7 +265,9 @@ def _patch_parallel_state(parallel_state: Any) -> None:
     def create_group(
         ranks: Sequence[int] | None = None, timeout: Any = None, backend: str | None = None, **options: Any
     ) -> Any:
-        key = (dist.group.WORLD, None if ranks is None else tuple(ranks), timeout, backend)
+        if ranks is None or len(ranks) > 1:
+            return create(ranks, timeout, backend, **options)
+        key = (dist.group.WORLD, *ranks, timeout, backend)
         if key not in groups:
             for stale in [key for key in groups if key[0] is not dist.group.WORLD]:
                 del groups[stale]

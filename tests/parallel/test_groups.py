@@ -57,7 +57,7 @@ def test_destroy_leaves_a_world_of_someone_else_alone() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="groups on NCCL stay as Megatron makes them")
-def test_equal_ranks_share_a_group_and_its_threads() -> None:
+def test_groups_of_one_rank_are_one_and_have_few_threads() -> None:
     destroy()
     groups = ensure_single_process()
     first = groups.tp
