@@ -34,7 +34,7 @@ class RankExchange:
     def places_on(self, device: torch.device) -> Tensor:
         """``places_K`` on ``device``, copied once."""
         if device not in self._copies:
-            self._copies[device] = self.places_K.to(device)
+            self._copies[device] = self.places_K.to(device, non_blocking=device.type != "cpu")
         return self._copies[device]
 
 

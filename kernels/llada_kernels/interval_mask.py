@@ -131,7 +131,8 @@ class IntervalMask:
             return self
         key = ("device", device)
         if key not in self.plans:
-            copy = IntervalMask(self.endpoints.to(device), self.total_k)
+            to_device = device.type != "cpu"  # there, reading would not wait for the copy
+            copy = IntervalMask(self.endpoints.to(device, non_blocking=to_device), self.total_k)
             copy.plans["host"] = IntervalMask(self.host().endpoints, self.total_k)  # not self: that would be a cycle
             self.plans[key] = copy
         return self.plans[key]
