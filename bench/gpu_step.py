@@ -87,6 +87,7 @@ class Case:
                 f"trainer.fp8={self.fp8 or 'null'}",
                 f"trainer.global_batch_size={self.micro_batches}",
                 "parallel.recompute=selective",
+                "parallel.recompute_modules=[core_attn]",
             ],
         )
 

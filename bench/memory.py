@@ -86,7 +86,7 @@ RUNS = {
     "experts": run_of(512, 1, 32, *MOE),
     "experts, bf16": run_of(1024, 2, 32, *MOE, "trainer.dtype=bfloat16"),
     "experts, full recomputation": run_of(1024, 2, 32, *MOE, "parallel.recompute=full"),
-    "experts, attention again": run_of(1024, 2, 1024, *MOE, *SELECTIVE),
+    "experts, attention again": run_of(1024, 2, 1024, *MOE, *SELECTIVE, "parallel.recompute_modules=[core_attn]"),
     "experts, dense network again": run_of(1024, 2, 32, *MOE, *SELECTIVE, "parallel.recompute_modules=[mlp]"),
     "experts again": run_of(1024, 2, 32, *MOE, *SELECTIVE, "parallel.recompute_modules=[moe]"),
     "experts, vocabulary of 49153": run_of(512, 1, 32, "model=tiny_ling"),

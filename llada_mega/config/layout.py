@@ -184,13 +184,15 @@ def _check_activations(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"use {words(choices)}",
         )
     require(
-        parallel.recompute == "selective" or modules == ["core_attn"],
+        parallel.recompute == "selective" or not modules,
         f"parallel.recompute_modules={modules} has no effect with parallel.recompute={parallel.recompute}; "
         "set parallel.recompute=selective",
     )
     require(
         parallel.recompute != "selective" or bool(modules),
-        "parallel.recompute_modules is empty; name modules, or set parallel.recompute=none",
+        "parallel.recompute=selective needs parallel.recompute_modules; name modules, as in "
+        f"[{'shared_experts' if model.is_moe else 'mlp'}] or with TransformerEngine "
+        f"[{'layernorm, moe_act' if model.is_moe else 'layernorm'}]",
     )
     layers = parallel.offload_layers
     require(

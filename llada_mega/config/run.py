@@ -36,7 +36,7 @@ class ParallelConfig:
     sp: bool = False  # sequence parallelism: activations between the tensor-parallel layers are split too
     dispatcher: str = "alltoall"  # tokens to experts: alltoall | allgather | deepep | hybridep (library deep_ep)
     recompute: str = "none"  # none | selective | full: activations made again in the backward pass
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # of selective recomputation
+    recompute_modules: list[str] = field(default_factory=list)  # of selective recomputation, which needs them named
     offload_layers: int = 0  # so many layers keep their activations in host memory; needs TransformerEngine
     distributed_optimizer: bool = False
     overlap: bool = False  # gradient reduction and parameter gathering run beside the backward and forward pass

@@ -176,7 +176,8 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
 
     Dense: the gradient that came in and those of the three inner tensors, when the product of two is gone, and ours
     makes silu(gate) again. Experts: the gradient that came in and the one that goes out, scratch rows, and the weight
-    gradients of all experts. TransformerEngine adds those to their buffers at once, and has a gradient of every route:
+    gradients of all experts; where tokens come from other ranks, both gradients of every route, and by all-gather of
+    every rank's tokens. TransformerEngine adds those to their buffers at once, and has a gradient of every route:
     those of the three inner tensors, when the product of two is gone, or in the end the one that goes out.
     """
     sizes = behind_attention(model, parallel, index, sizes)
@@ -191,4 +192,7 @@ def backward_work(model: ModelConfig, parallel: ParallelConfig, index: int, size
         return {"backward work": 2 * stream + routes * max(hidden + 2 * width, 2 * hidden - width) * element}
     weights = model.moe.num_experts // parallel.ep * 3 * hidden * width
     scratch = sizes.tokens * sizes.expert_share * (hidden + 6 * width)
-    return {"backward work": 2 * stream + (weights + scratch) * element}
+    ranks = parallel.ep * parallel.etp
+    gathered = 2 * (ranks - 1) * stream if parallel.dispatcher == "allgather" else 0.0
+    arrived = 2 * sizes.tokens * sizes.routes_a_token * hidden if ranks > 1 else 0.0
+    return {"backward work": 2 * stream + gathered + (weights + scratch + arrived) * element}

@@ -36,7 +36,8 @@ class Rank:
         is_first, is_last: it holds the embedding, or the output matrix.
         dense_parameters, expert_parameters: elements.
         dense_copies, expert_copies: ranks with the same parameters and other data.
-        routes_leaving: (token, expert) pairs of the step whose expert is on another rank.
+        routes_leaving: (token, expert) pairs of the step whose expert is on another expert-parallel rank.
+        routes_gathered: pairs that the ranks which share this rank's experts get from it.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class Rank:
     dense_copies: int
     expert_copies: int
     routes_leaving: int
+    routes_gathered: int = 0
 
 
 def bytes_of_step(
@@ -138,15 +140,17 @@ def experts(
 ) -> float:
     """All-to-all: the hidden state of every route that leaves, there and back, forward and backward, and its weight.
 
-    All-gather: every rank gathers hidden states, weights and choices of all tokens and reduce-scatters the outputs;
-    backward the same the other way round.
+    Where ``etp`` ranks share an expert, each gathers what came to the others, and outputs are reduce-scattered.
+
+    All-gather: every rank of ``ep`` x ``etp`` gathers hidden states, weights and choices of all tokens and
+    reduce-scatters the outputs; backward the same the other way round.
     """
-    n = parallel.ep
+    n = parallel.ep * parallel.etp
     if n == 1:
         return 0.0
     hidden, forward = model.hidden_size * element_size, forward_passes(parallel, "moe")
     if parallel.dispatcher != "allgather":
-        return rank.routes_leaving * (forward + 1) * (2 * hidden + 4)
+        return (rank.routes_leaving + rank.routes_gathered) * (forward + 1) * (2 * hidden + 4)
     tokens = sum(batch.count * batch.positions for batch in batches) / (parallel.tp if parallel.sp else 1)
     choices = model.moe.num_experts * (forward * (4 + 1) + 4)
     return (n - 1) * rank.moe_layers * tokens * ((forward + 1) * 2 * hidden + choices)

@@ -22,6 +22,7 @@ class Device:
         link_gb_per_s: one direction to the other devices of a node, all links together.
         network_gb_per_s: one direction out of the node, the device's share.
         node_size: devices that the fast links join.
+        host_size: devices of one host, whose memory their processes share.
         implementation: of the layers that ``model.implementation=auto`` means on it.
     """
 
@@ -32,6 +33,7 @@ class Device:
     link_gb_per_s: float
     network_gb_per_s: float
     node_size: int
+    host_size: int
     implementation: str = "te"
 
 
@@ -40,12 +42,13 @@ def _peak(name: str, fp8: float) -> dict[str, float]:
 
 
 # NVIDIA's data sheets of H100 SXM, H200 SXM, HGX B200 and GB200 NVL72, halved where they count sparsity, NVLink both
-# ways; one 400 Gb/s adapter a device. Memory in GiB is what remains of the 80, 141, 180 and 186 GB to programs.
+# ways; one 400 Gb/s adapter a device. Memory in GiB is what remains of the 80, 141, 180 and 186 GB to programs. NVLink
+# joins the 72 devices of an NVL72; each of its trays is a host of 4.
 DEVICES = {
-    "h100": Device("H100 SXM", 79, _peak("H100", 1979), 3350, 450, 50, 8),
-    "h200": Device("H200 SXM", 139, _peak("H200", 1979), 4800, 450, 50, 8),
-    "b200": Device("B200 SXM", 179, _peak("B200", 4500), 8000, 900, 50, 8),
-    "gb200": Device("GB200 NVL72", 184, _peak("GB200", 5000), 8000, 900, 50, 72),
+    "h100": Device("H100 SXM", 79, _peak("H100", 1979), 3350, 450, 50, 8, 8),
+    "h200": Device("H200 SXM", 139, _peak("H200", 1979), 4800, 450, 50, 8, 8),
+    "b200": Device("B200 SXM", 179, _peak("B200", 4500), 8000, 900, 50, 8, 8),
+    "gb200": Device("GB200 NVL72", 184, _peak("GB200", 5000), 8000, 900, 50, 72, 4),
 }
 
 

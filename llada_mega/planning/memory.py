@@ -79,14 +79,15 @@ def sizes_of(
         fullest_expert: tokens of the fullest expert over the mean; default: as ``expert_load``.
     """
     split = parallel.tp if parallel.sp else 1
-    top_k = model.moe.top_k if model.is_moe else 0
+    # Ranks that share an expert's matrices compute the tokens of all of them.
+    routes = model.moe.top_k * parallel.etp if model.is_moe else 0
     return Sizes(
         tokens=positions // split,
         positions=positions,
         logit_rows=logit_rows,
         last_tokens=logit_rows // split,
-        routes_a_token=top_k * (expert_load if parallel.ep > 1 else 1.0),
-        expert_share=top_k / max(model.moe.num_experts // parallel.ep, 1) * (fullest_expert or expert_load),
+        routes_a_token=routes * (expert_load if parallel.ep > 1 else 1.0),
+        expert_share=routes / max(model.moe.num_experts // parallel.ep, 1) * (fullest_expert or expert_load),
         element=dtype.itemsize,
         te=te,
     )

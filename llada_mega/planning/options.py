@@ -39,6 +39,7 @@ class HardwareOptions:
     link_gb_per_s: Optional[float] = None  # one direction, between devices of a node
     network_gb_per_s: Optional[float] = None  # one direction, of each device
     node_size: Optional[int] = None  # devices that the fast links join
+    host_size: Optional[int] = None  # devices of one host, whose memory their processes share
 
 
 @dataclass

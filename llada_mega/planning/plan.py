@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 
@@ -21,90 +19,13 @@ from llada_mega.planning.hardware import Device, choose_device
 from llada_mega.planning.host import host_memory
 from llada_mega.planning.memory import GIB, Copies, Sizes, peak_memory, sizes_of
 from llada_mega.planning.options import PlanOptions
+from llada_mega.planning.results import Plan, RankPlan, StagePlan
 from llada_mega.planning.shapes import Shape, shape_of_stage
 from llada_mega.planning.share import Share, share_of_stage
 from llada_mega.planning.step_time import StepTime, Work, sent_by_rank, step_time
 from llada_mega.training.flops import STEP, forward_flops
 
 _DAY = 86400.0
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage of the curriculum.
-
-    Attributes:
-        steps: optimizer steps.
-        positions, logit_rows: of a micro-batch on a rank, rounding included; rows as expected.
-        tflop: model TFLOP of a step, all devices together.
-        sent_gib: bytes that the rank with the longest step sends in it, by axis, in GiB.
-        seconds: of a step, by what it is spent on, on that rank.
-        mfu: model FLOPs of the step over what the devices could do at their peak.
-    """
-
-    name: str
-    block_size: int
-    layout: str
-    tokens: int
-    steps: int
-    positions: int
-    logit_rows: int
-    tflop: float
-    sent_gib: dict[str, float]
-    seconds: dict[str, float]
-    step_seconds: float
-    mfu: float
-    tokens_per_day: float
-    days: float
-    gpu_hours: float
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """The ranks of one pipeline stage: what they hold, and their peak over the whole curriculum, in GiB.
-
-    Attributes:
-        memory_gib, total_gib: device memory.
-        host_gib: host memory of the first of them, which copies most for a checkpoint.
-        node_host_gib: of those of them that are on its node, all together.
-    """
-
-    pipeline_stage: int
-    layers: int
-    parameters: int
-    moment: str
-    curriculum_stage: str
-    memory_gib: dict[str, float]
-    total_gib: float
-    fits: bool
-    host_gib: dict[str, float]
-    node_host_gib: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is printed and written as JSON."""
-
-    run: str
-    model: dict[str, int]
-    hardware: dict[str, Any]
-    implementation: str
-    gpus: int
-    data_parallel: int
-    micro_batches: int
-    parallel: dict[str, Any]
-    micro_batch_size: int
-    dtype: str
-    async_save: bool
-    ranks: tuple[RankPlan, ...]
-    stages: tuple[StagePlan, ...]
-    assume: dict[str, Any]
-    fits: bool
-    peak_gib: float
-    usable_gib: float
-    days: float
-    gpu_hours: float
-    mean_mfu: float
 
 
 class Planner:
@@ -205,7 +126,7 @@ class Planner:
         ]
         peak, name, sizes = max(peaks, key=lambda found: found[0].total)
         total = peak.total / GIB
-        host, node = self._host(share, parallel, copies, sizes)
+        host, together = self._host(share, parallel, copies, sizes)
         return RankPlan(
             share.stage,
             len(share.layers),
@@ -216,21 +137,21 @@ class Planner:
             total,
             total <= self.usable,
             _gib(host),
-            sum(_gib(node).values()),
+            sum(_gib(together).values()),
         )
 
     def _host(
         self, share: Share, parallel: ParallelConfig, copies: Copies, sizes: Sizes
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Host memory of the first rank of a stage, and of all that are with it on its node."""
+        """Host memory of the first rank of a stage, and of all that are with it on its host."""
         assume = self.options.assume
         processes = (assume.process_gib + self.options.data.num_workers * assume.worker_gib) * GIB
-        ranks = min(self.device.node_size, parallel.tp * copies.dense)
-        rank, node = (
+        ranks = min(self.device.host_size, parallel.tp * copies.dense)
+        rank, together = (
             host_memory(self.options.model, parallel, share, copies, sizes, processes=processes, ranks=number)
             for number in (1, ranks)
         )
-        return rank, node
+        return rank, together
 
     def _stage(
         self, stage: ResolvedStage, shape: Shape, parallel: ParallelConfig, micro_batch_size: int, gpus: int
@@ -335,16 +256,17 @@ def make_plan(options: PlanOptions) -> Plan:
 
 
 def _possible_devices(options: PlanOptions) -> Sequence[int]:
-    """Numbers of devices that the layout and the global batch allow, growing by factors of two."""
-    parallel, found = options.parallel, []
-    unit = math.lcm(parallel.tp * parallel.cp * parallel.pp, parallel.etp * parallel.ep * parallel.pp)
-    while unit <= options.trainer.global_batch_size * parallel.tp * parallel.cp * parallel.pp:
-        try:
-            validate(options, unit)
-            found.append(unit)
-        except ConfigError:
-            pass
-        unit *= 2
+    """Numbers of devices that the layout and the global batch allow, in order."""
+    parallel, trainer, found = options.parallel, options.trainer, []
+    micro_batches = trainer.global_batch_size // trainer.micro_batch_size
+    for data_parallel in range(1, micro_batches + 1):
+        gpus = data_parallel * parallel.tp * parallel.cp * parallel.pp
+        if micro_batches % data_parallel == 0 and gpus % (parallel.etp * parallel.ep * parallel.pp) == 0:
+            try:
+                validate(options, gpus)
+                found.append(gpus)
+            except ConfigError:
+                pass
     return found
 
 

@@ -11,7 +11,8 @@ from llada_mega.config.run import ParallelConfig
 from llada_mega.config.validate import validate
 from llada_mega.errors import ConfigError
 from llada_mega.planning.options import PlanOptions
-from llada_mega.planning.plan import Plan, Planner
+from llada_mega.planning.plan import Planner
+from llada_mega.planning.results import Plan
 
 MICRO_BATCHES = (1, 2, 4)
 CHUNKS = (None, 2, 4)
@@ -79,7 +80,7 @@ def candidates(options: PlanOptions, node_size: int, implementation: str) -> Ite
             etp=1,
             sp=tp > 1,
             recompute=recompute,
-            recompute_modules=cheap if recompute == "selective" else ["core_attn"],
+            recompute_modules=cheap if recompute == "selective" else [],
             offload_layers=0,
             distributed_optimizer=True,
             num_layers_in_first_pipeline_stage=None,

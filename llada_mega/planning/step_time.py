@@ -208,7 +208,8 @@ def rate(axis: str, parallel: ParallelConfig, copies: Copies, device: Device, as
     }[axis]
     if reach <= device.node_size:
         return inside
-    if axis != "ep":  # a ring is as fast as its slowest link
+    if axis != "ep" or parallel.dispatcher == "allgather" or parallel.etp > device.node_size:
+        # A ring is as fast as its slowest link.
         return outside
     leaves = 1 - (device.node_size // parallel.etp - 1) / max(parallel.ep - 1, 1)
     return 1 / (leaves / outside + (1 - leaves) / inside)
@@ -239,6 +240,7 @@ def sent_by_rank(
         dense_copies=copies.dense,
         expert_copies=copies.experts,
         routes_leaving=routes * (parallel.ep - 1) // parallel.ep,
+        routes_gathered=routes * (parallel.etp - 1),
     )
     batch = communication.MicroBatch(sizes.positions, sizes.logit_rows, keys_sent, num_micro_batches)
     return communication.bytes_of_step(model, parallel, rank, [batch], sizes.element)

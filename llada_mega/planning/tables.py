@@ -13,7 +13,7 @@ from rich.text import Text
 from llada_mega.config.run import ParallelConfig
 from llada_mega.planning.host import CHECKPOINT, HOST_COMPONENTS
 from llada_mega.planning.memory import COMPONENTS
-from llada_mega.planning.plan import Plan, RankPlan, StagePlan
+from llada_mega.planning.results import Plan, RankPlan, StagePlan
 from llada_mega.planning.search import Search
 
 MOST_COLUMNS = 6
@@ -106,7 +106,7 @@ def _host(plan: Plan) -> Table:
         if any(row):
             table.add_row(names.get(component, component), *(_gib(value) for value in row))
     table.add_row("total", *(_gib(sum(rank.host_gib.values())) for rank in ranks), style="bold")
-    table.add_row("the stage's ranks on its node", *(_gib(rank.node_host_gib) for rank in ranks), style="bold")
+    table.add_row("the stage's ranks on its host", *(_gib(rank.shared_host_gib) for rank in ranks), style="bold")
     return table
 
 
@@ -161,7 +161,7 @@ def _assumptions(plan: Plan) -> Table:
     table = _table("Assumed, not measured; change with assume.KEY=VALUE and hardware.KEY=VALUE", ["key", "value"])
     for key, value in plan.assume.items():
         table.add_row(f"assume.{key}", "null" if value is None else str(value))
-    for key in ("memory_gib", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s", "node_size"):
+    for key in ("memory_gib", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s", "node_size", "host_size"):
         table.add_row(f"hardware.{key}", f"{plan.hardware[key]:g}")
     table.add_row("hardware.peak_tflops", f"{plan.hardware['peak_tflops'][plan.dtype]:g}")
     return table

@@ -55,14 +55,18 @@ SELECTIVE = "parallel.recompute=selective"
             [SELECTIVE, "parallel.recompute_modules=[experts]"],
             "experts is no part of this model that can be recomputed; use core_attn, layernorm, mlp, moe, moe_act or",
         ),
-        ([SELECTIVE, "parallel.recompute_modules=[]"], "parallel.recompute_modules is empty; name modules"),
+        ([SELECTIVE], "parallel.recompute=selective needs parallel.recompute_modules; name modules, as in [shared_exp"),
+        (
+            ["model=tiny", "parallel=single", SELECTIVE],
+            "name modules, as in [mlp] or with TransformerEngine [layernorm]",
+        ),
         (
             ["parallel.recompute=full", "parallel.recompute_modules=[moe]"],
             "parallel.recompute_modules=['moe'] has no effect with parallel.recompute=full; set",
         ),
         (["parallel.offload_layers=20"], "parallel.offload_layers=20 is out of range; use 0 to 19"),
         (
-            ["parallel.offload_layers=4", SELECTIVE],
+            ["parallel.offload_layers=4", SELECTIVE, "parallel.recompute_modules=[mlp]"],
             "parallel.offload_layers=4 does not go with parallel.recompute=selective; set parallel.recompute=none",
         ),
         (

@@ -20,11 +20,12 @@ DIVIDED = {"layout": "bdlm", "block_size": 4, "alignment": 8}  # no block is cut
 CUT = {"layout": "bdlm", "block_size": 20, "alignment": 1}
 MDLM = {"layout": "mdlm", "block_size": 512, "alignment": 8}
 AR = {"layout": "ar", "block_size": 1, "alignment": 8}
+ATTENTION_AGAIN = {"recompute": "selective", "recompute_modules": ["core_attn"]}
 
 # name: model, data, layout, processes, whose keys cross in its micro-batches
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, str]] = {
     "dense-divided-cp2": ("dense", DIVIDED, {"cp": 2}, 2, "clean"),
-    "dense-divided-cp4-selective": ("dense", DIVIDED, {"cp": 4, "recompute": "selective"}, 4, "clean"),
+    "dense-divided-cp4-selective": ("dense", DIVIDED, {"cp": 4, **ATTENTION_AGAIN}, 4, "clean"),
     "dense-cut-cp4": ("dense", CUT, {"cp": 4}, 4, "all"),
     "dense-mdlm-cp2": ("dense", MDLM, {"cp": 2}, 2, "all"),
     "dense-ar-cp4": ("dense", AR, {"cp": 4}, 4, "all"),

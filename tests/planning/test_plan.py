@@ -60,6 +60,31 @@ def test_without_a_number_the_fewest_devices_are_taken() -> None:
     assert not make_plan(fewer).fits
 
 
+def test_the_fewest_devices_need_be_no_power_of_two() -> None:
+    """A global batch of 48 can be dealt to 1, 2, 3, ... ranks; the optimizer's state decides how many are enough."""
+    base = ("model=tiny_ling", "trainer.global_batch_size=48", "parallel.distributed_optimizer=true")
+    peaks = {gpus: make_plan(options(*base, f"gpus={gpus}")).peak_gib for gpus in (2, 3)}
+    assert peaks[3] < peaks[2]
+    enough = 6 + (peaks[2] + peaks[3]) / 2
+    assert make_plan(options(*base, f"hardware.memory_gib={enough}")).gpus == 3
+
+
+def test_ranks_that_share_experts_gather_each_others_tokens() -> None:
+    """Twice the routes of half the width: as much work, twice the rows of a product, and traffic even with ep=1."""
+    base = ("model=tiny_ling", "gpus=4", "trainer.global_batch_size=4", "trainer.dtype=bfloat16")
+    run = options(*base, "parallel.etp=2")
+    one, two = (make_plan(options(*base, f"parallel.etp={etp}")).stages[0] for etp in (1, 2))
+    assert "ep" not in one.sent_gib
+    model, layers = run.model, run.model.num_layers - run.model.moe.first_dense_layers
+    routes = model.moe.top_k * ((layers - 1) * two.positions + two.logit_rows)
+    assert two.sent_gib["ep"] * 2**30 == pytest.approx(routes * 2 * (2 * 2 * model.hidden_size + 4))
+    # All-gather: hidden states there and back, choices with their weights; of whole layers, forward and backward.
+    gathered = make_plan(options(*base, "parallel.etp=2", "parallel.dispatcher=allgather", "data.clean_tokens=all"))
+    token = 2 * 2 * 2 * model.hidden_size + model.moe.num_experts * (4 + 1 + 4)
+    stage = gathered.stages[0]
+    assert stage.sent_gib["ep"] * 2**30 == pytest.approx(layers * stage.positions * token)
+
+
 def test_stages_without_clean_half_cost_half() -> None:
     stages = {stage.name: stage for stage in make_plan(options("experiment=cpt_16b", "gpus=64")).stages}
     assert stages["warmup_1"].positions == 2 * stages["stable"].positions == 8192

@@ -73,6 +73,17 @@ def test_offloaded_layers_wait_in_host_memory() -> None:
     assert found[OFFLOADED] == 2 * kept > 0
 
 
+def test_memory_is_shared_by_the_devices_of_a_host_not_by_all_that_fast_links_join() -> None:
+    run = ("experiment=cpt_16b", "gpus=64", "hardware.device=gb200")
+    processes = compose(PlanOptions, ["assume.process_gib=4"]).assume.process_gib
+    totals = {}
+    for process_gib in (processes, processes + 1):
+        options = compose(PlanOptions, [*run, f"assume.process_gib={process_gib}"])
+        prepare(options)
+        totals[process_gib] = make_plan(options).ranks[0].shared_host_gib
+    assert totals[processes + 1] - totals[processes] == pytest.approx(4)  # ranks
+
+
 def test_a_node_of_the_largest_run_holds_what_its_ranks_do() -> None:
     options = compose(PlanOptions, ["experiment=cpt_100b", "gpus=256", "data.num_workers=2"])
     prepare(options)
@@ -84,4 +95,4 @@ def test_a_node_of_the_largest_run_holds_what_its_ranks_do() -> None:
         share = share_of_stage(options.model, options.parallel, rank.pipeline_stage)
         weights = 2 * (4 * share.dense_parameters + 8 * share.expert_parameters) / 2**30
         expected = weights + 8 * (rank.memory_gib["optimizer"] + rank.host_gib["processes"])
-        assert rank.node_host_gib == pytest.approx(expected, rel=1e-6)
+        assert rank.shared_host_gib == pytest.approx(expected, rel=1e-6)

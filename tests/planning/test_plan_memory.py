@@ -27,6 +27,13 @@ LAYOUTS = {
         "trainer.dtype=bfloat16",
     ),
     "experts by all-gather": (2, "parallel.ep=2", "parallel.dispatcher=allgather", "data.clean_tokens=all"),
+    "expert tensors": (2, "parallel.tp=2", "parallel.sp=true", "parallel.etp=2", "parallel.dispatcher=allgather"),
+    "expert tensors, other samples": (
+        2,
+        "parallel.etp=2",
+        "parallel.dispatcher=allgather",
+        "data.clean_tokens=all",
+    ),
     "pipeline": (2, "parallel.pp=2"),
     "interleaved pipeline": (2, "parallel.pp=2", "parallel.vp=2"),
 }

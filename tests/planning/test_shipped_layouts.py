@@ -37,15 +37,14 @@ def peak_gib(options: PlanOptions, parallel: ParallelConfig) -> float:
 def test_recomputation_of_what_is_shipped_frees_memory(overrides: list[str]) -> None:
     options = prepared(*overrides, "model.implementation=local")
     if options.parallel.recompute != "none":
-        without = replace(options.parallel, recompute="none", recompute_modules=["core_attn"])
+        without = replace(options.parallel, recompute="none", recompute_modules=[])
         assert peak_gib(options, options.parallel) < 0.98 * peak_gib(options, without)
 
 
 def test_the_core_of_attention_alone_frees_nothing() -> None:
     """What the layouts say about it, and what the test above has to notice."""
-    options = prepared("experiment=cpt_16b", "parallel.recompute=selective")
-    without = replace(options.parallel, recompute="none")
-    assert options.parallel.recompute_modules == ["core_attn"]
+    options = prepared("experiment=cpt_16b", "parallel.recompute=selective", "parallel.recompute_modules=[core_attn]")
+    without = replace(options.parallel, recompute="none", recompute_modules=[])
     assert peak_gib(options, options.parallel) == pytest.approx(peak_gib(options, without), rel=0.005)
 
 

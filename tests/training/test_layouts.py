@@ -38,6 +38,7 @@ COMMON = (
 SMALL = ("model.num_layers=4", "model.mask_token_id=256", "model.vocab_size=257")
 MODELS = {"dense": SMALL, "tied": (*SMALL, "model.tie_embeddings=true"), "moe": ("model=tiny_ling", *SMALL)}
 SEQUENCE = ("parallel.tp=2", "parallel.sp=true")
+ATTENTION_AGAIN = ("parallel.recompute=selective", "parallel.recompute_modules=[core_attn]")
 DISTRIBUTED = ("parallel.distributed_optimizer=true", "parallel.overlap=true")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
@@ -46,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2-sp": (2, SEQUENCE),
     "tp2-etp2-allgather": (2, (*SEQUENCE, "parallel.etp=2", "parallel.dispatcher=allgather")),
     "pp2": (2, ("parallel.pp=2", "parallel.recompute=full")),
-    "pp2-vp2": (2, ("parallel.pp=2", "parallel.vp=2", "parallel.recompute=selective")),
+    "pp2-vp2": (2, ("parallel.pp=2", "parallel.vp=2", *ATTENTION_AGAIN)),
     "cp2": (2, ("parallel.cp=2",)),
     "ep2-distributed": (2, ("parallel.ep=2", *DISTRIBUTED)),
     "ep2-allgather": (2, ("parallel.ep=2", "parallel.dispatcher=allgather")),
