@@ -79,7 +79,7 @@ COPY --from=gpu-build /opt/llada /opt/llada
 ENV PATH=/opt/llada/bin:${PATH}
 USER 10001
 WORKDIR /home/llada
-HEALTHCHECK --interval=5m --timeout=2m --start-period=2m \
-    CMD ["llada-mega", "doctor", "require=[CUDA,NCCL,transformer-engine]"]
+# Without the GPUs: each of them would get a CUDA context beside the one that trains.
+HEALTHCHECK --interval=5m --timeout=2m --start-period=2m CMD ["env", "CUDA_VISIBLE_DEVICES=", "llada-mega", "doctor"]
 ENTRYPOINT ["llada-mega"]
 CMD ["--help"]

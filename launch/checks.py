@@ -69,7 +69,7 @@ def _local(reports: Sequence[Report], need_bytes: int) -> Iterator[str]:
             short.add(report.host)
     for host in sorted(short):
         free = min(report.free_bytes for report in reports if report.host == host)
-        yield f"{host}: {free / 2**30:.1f} GiB free for the run, two checkpoints need {need_bytes / 2**30:.1f}"
+        yield f"{host}: {free / 2**30:.1f} GiB free for the run, checkpoints need {need_bytes / 2**30:.1f}"
 
 
 def _clocks(reports: Sequence[Report]) -> Iterator[str]:

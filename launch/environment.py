@@ -62,7 +62,8 @@ def _every_gpu(hardware: Hardware, job: Job) -> dict[str, str]:
     variables = {
         # Micro-batches differ in length; without this their buffers leave holes.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # The last collectives of every rank, written where the logs are when one times out.
+        # The last collectives of every rank. The watchdog writes them (RUN/logs/hang), and where its patience is longer
+        # than NCCL's timeout, NCCL does, where the logs are.
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_DUMP_TEMP_FILE": str(job.log_dir / "nccl_trace_rank_"),

@@ -35,10 +35,21 @@ class Hardware:
     cloud: str = ""
 
 
+class UnfitNodeError(ValueError):
+    """This node lacks something that the job was given."""
+
+
 def find_hardware(sys_root: Path = Path("/sys")) -> Hardware:
-    """Look at this node. GPUs are what PyTorch says: a job's variables also name GPUs that it cannot use."""
+    """Look at this node. GPUs are what PyTorch says: a job's variables also name GPUs that it cannot use.
+
+    Raises:
+        ValueError: PyTorch cannot be asked.
+    """
     # In a process of its own: asking makes a CUDA context, which would stay beside the training.
-    asked = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=True)
+    asked = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        cause = (asked.stderr.strip().splitlines() or [f"status {asked.returncode}"])[-1]
+        raise ValueError(f"PyTorch cannot be asked for GPUs: {cause}")
     capabilities = json.loads(asked.stdout.splitlines()[-1])
     return Hardware(
         gpu_architecture=min((major for major, _ in capabilities), default=0),

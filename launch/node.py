@@ -3,13 +3,14 @@
 Checks the configuration, sets the environment, lets the nodes test each other (:mod:`launch.preflight`), starts this
 node's ranks under torchrun, and says in its exit status how the run goes on:
 
-0 finished, or stopped by a STOP file; 1 failed; 2 a mistake in configuration or environment; 3 the preflight found an
-unfit node; 85 start again; 86 given up. Nodes other than the first leave the verdict to it and end as torchrun does.
+0 finished, or stopped by a STOP file; 1 failed; 2 a mistake in configuration or environment; 3 an unfit node; 85 start
+again; 86 given up. Nodes other than the first leave the verdict to it and end as torchrun does, unless they refuse.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from launch import restarts
 from launch.environment import Job, environment
-from launch.hardware import Hardware, find_hardware
+from launch.hardware import Hardware, UnfitNodeError, find_hardware
 from launch.processes import TorchRun
 from launch.rendezvous import Rendezvous
 from llada_mega.commands.train import check
@@ -56,28 +57,36 @@ class Plan:
 
 def main(overrides: Sequence[str]) -> int:
     """Run this node's part and return the exit status of the module's documentation."""
+    status = run(overrides)
+    restarts.tell_verdict(os.environ, status)
+    return status
+
+
+def run(overrides: Sequence[str]) -> int:
+    """:func:`main`, but for telling the batch script."""
     try:
         plan = make_plan(overrides, os.environ)
     except (LladaMegaError, ValueError) as error:
         _say(f"error on {socket.gethostname()}: {error}")
-        return restarts.MISTAKE
+        return restarts.UNFIT if isinstance(error, UnfitNodeError) else restarts.MISTAKE
     _record(plan)
     if plan.rendezvous.is_head:
         _say(summary(plan))
         verdict = restarts.begin(plan.run_dir, plan.rendezvous.run_id, plan.max_restarts)
         if verdict is not None:
             return _conclude(plan, verdict)
-        restarts.tell_batch_script(os.environ, 0)
+        restarts.tell_counted(os.environ)
     # torchrun reads PET_* for itself; what they say is in the plan.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PET_")} | plan.added
     if plan.preflight != "off":
         torchrun = TorchRun(plan.torchrun("preflight", "launch.preflight", *preflight_arguments(plan)), variables)
-        if status := torchrun.run():
-            _say("the preflight failed and nothing was trained; what is wrong, and on which node, is above")
-            return restarts.UNFIT
-        if torchrun.received is not None:
+        status = torchrun.run()
+        if torchrun.received is not None:  # it ends the preflight too, which says nothing about the nodes
             _say(f"{torchrun.received.name} before the training began")
             return restarts.AGAIN
+        if status:
+            _say("the preflight failed and nothing was trained; what is wrong, and on which node, is above")
+            return restarts.UNFIT
         if plan.preflight == "only":
             return restarts.FINISHED
     status = TorchRun(plan.torchrun("train", "llada_mega", "train", *overrides), variables).run()
@@ -91,6 +100,7 @@ def make_plan(overrides: Sequence[str], variables: Mapping[str, str]) -> Plan:
 
     Raises:
         LladaMegaError: the configuration cannot run here.
+        UnfitNodeError: PyTorch does not find the GPUs that Slurm gave.
         ValueError: a variable makes no sense.
     """
     rendezvous = Rendezvous.from_environment(variables)
@@ -99,13 +109,11 @@ def make_plan(overrides: Sequence[str], variables: Mapping[str, str]) -> Plan:
     preflight = variables.get("PREFLIGHT", "on")
     if preflight not in PREFLIGHT_CHOICES:
         raise ValueError(f"PREFLIGHT={preflight}; use {', '.join(PREFLIGHT_CHOICES)}")
+    _check_bandwidth(variables)
     config = compose(Config, [*overrides, f"launch.nproc={processes * rendezvous.nodes}"])
+    if config.parallel.backend != "gloo":
+        _check_gpus(variables, hardware)  # first: with a GPU too few the batch sizes do not fit either
     check(config)
-    if not hardware.gpus and variables.get("SLURM_GPUS_ON_NODE") and config.parallel.backend != "gloo":
-        raise ValueError(
-            "Slurm gave this node GPUs, and PyTorch finds none; check driver and container "
-            "(parallel.backend=gloo trains on CPUs)"
-        )
     job = Job(
         nodes=rendezvous.nodes,
         processes=processes,
@@ -126,7 +134,14 @@ def make_plan(overrides: Sequence[str], variables: Mapping[str, str]) -> Plan:
 
 def preflight_arguments(plan: Plan) -> list[str]:
     """What :mod:`launch.preflight` cannot know by itself."""
-    return [f"--run-dir={plan.run_dir}", f"--need-bytes={2 * checkpoint_bytes(plan.config)}"]
+    return [f"--run-dir={plan.run_dir}", f"--need-bytes={missing_checkpoints(plan) * checkpoint_bytes(plan.config)}"]
+
+
+def missing_checkpoints(plan: Plan) -> int:
+    """How many more the run will keep at most, with the one that is being written, than are there already."""
+    options = plan.config.checkpoint
+    kept = options.keep_last + max(options.keep_best, options.merge_at_end)
+    return max(0, kept - len(list((plan.run_dir / "checkpoints").glob("step_*/COMPLETE")))) + 1
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -150,8 +165,6 @@ def summary(plan: Plan) -> str:
 
 def _conclude(plan: Plan, verdict: restarts.Verdict) -> int:
     _say(f"{plan.run_dir}: {verdict.reason}")
-    if verdict.status == restarts.GIVE_UP:
-        restarts.tell_batch_script(os.environ, plan.max_restarts + 1)
     return verdict.status
 
 
@@ -167,6 +180,27 @@ def _record(plan: Plan) -> None:
     }
     path = log_dir / f"node_{plan.rendezvous.node_rank:04d}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _check_gpus(variables: Mapping[str, str], hardware: Hardware) -> None:
+    given = variables.get("SLURM_GPUS_ON_NODE", "")
+    if not given.isdecimal() or int(given) == hardware.gpus or (hardware.gpus and "NPROC_PER_NODE" in variables):
+        return
+    raise UnfitNodeError(
+        f"Slurm gave this node {given} GPUs, and PyTorch finds {hardware.gpus}; check driver and container "
+        "(NPROC_PER_NODE uses fewer, parallel.backend=gloo trains on CPUs)"
+    )
+
+
+def _check_bandwidth(variables: Mapping[str, str]) -> None:
+    """Refuses what :mod:`launch.preflight` could not read, on all ranks."""
+    text = variables.get("PREFLIGHT_MIN_GBPS") or "0"
+    try:
+        usable = math.isfinite(float(text))
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"PREFLIGHT_MIN_GBPS={text} is no number")
 
 
 def _number(variables: Mapping[str, str], name: str, default: int) -> int:

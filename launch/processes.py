@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -51,9 +52,10 @@ class TorchRun:
     def _forward(self) -> None:
         if self.received is None or self._process is None:
             return
-        try:
-            for child in psutil.Process(self._process.pid).children():
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            children = psutil.Process(self._process.pid).children()
+        for child in children:
+            with contextlib.suppress(psutil.Error):  # so has this one; the others are still to hear it
                 if "RANK" in child.environ():
                     child.send_signal(self.received)
-        except psutil.Error:  # it has ended meanwhile
-            pass

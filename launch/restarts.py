@@ -17,6 +17,7 @@ from typing import Any
 FINISHED, FAILED, MISTAKE, UNFIT, AGAIN, GIVE_UP = 0, 1, 2, 3, 85, 86
 EXIT_FILE, RECORD_FILE = "exit.json", "restarts.json"
 DEFAULT_LIMIT = 3
+FINAL = (MISTAKE, UNFIT, GIVE_UP)  # end a job, whatever the other nodes end with
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,19 @@ def begin(run_dir: Path, run_id: str | None, limit: int) -> Verdict | None:
     return None
 
 
-def tell_batch_script(variables: Mapping[str, str], starts: int) -> None:
-    """Correct the number of starts without progress that ``slurm/job.sh`` keeps in ``STARTS_FILE``.
-
-    0 says that this launcher has counted the start for itself. More than the limit ends the job even where another node
-    ends with a status above :data:`GIVE_UP`, which then hides it from the batch script. Without the variable nothing
-    is done.
-    """
+def tell_counted(variables: Mapping[str, str]) -> None:
+    """Take this start off the count that ``slurm/job.sh`` keeps in ``STARTS_FILE``: the launcher has counted it."""
     if path := variables.get("STARTS_FILE"):
-        if starts:
-            Path(path).write_text(f"{starts}\n")
-        else:
-            Path(path).unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
+
+
+def tell_verdict(variables: Mapping[str, str], status: int) -> None:
+    """Leave a :data:`FINAL` status to ``slurm/job.sh`` in ``VERDICT_FILE``.
+
+    The other nodes wait for this one in vain, and are killed: their higher status would hide it.
+    """
+    if status in FINAL and (path := variables.get("VERDICT_FILE")):
+        Path(path).write_text(f"{status}\n")
 
 
 def judge(run_dir: Path, torchrun_status: int, limit: int) -> Verdict:
@@ -90,7 +92,7 @@ def judge(run_dir: Path, torchrun_status: int, limit: int) -> Verdict:
     reason = str(ended.get("reason") or f"torchrun ended with status {torchrun_status}")
     if ended.get("status") == "stopped":
         how = f"stopped at step {ended.get('step')}: {reason}"
-        if "STOP" in reason.split():
+        if not ended.get("start_again", True):
             return Verdict(FINISHED, f"{how}; not started again")
     else:
         how = f"failed: {reason}"

@@ -4,11 +4,14 @@
 set -euo pipefail
 
 # How many starts in a row came to nothing. The launcher of the first node removes the file once it has counted the start
-# for itself (launch/restarts.py), and writes one that is too high when it gives up: srun tells the highest status of all
-# nodes alone. A launcher that dies before it counts would be requeued without end, below or, with its node, by Slurm.
+# for itself (launch/restarts.py). One that dies before it counts would be requeued without end, below or, with its node,
+# by Slurm.
 export STARTS_FILE=$PWD/${EXPERIMENT}_$SLURM_JOB_ID.starts
+# The status of a launcher that ends the job for good. srun tells the highest of all nodes alone, which is that of a node
+# that was killed while it waited for this one.
+export VERDICT_FILE=$PWD/${EXPERIMENT}_$SLURM_JOB_ID.verdict
 end() { # with this status, for good
-    rm -f "$STARTS_FILE"
+    rm -f "$STARTS_FILE" "$VERDICT_FILE"
     exit "$1"
 }
 fail() {
@@ -26,6 +29,7 @@ give_up_after_too_many() {
     end 86
 }
 give_up_after_too_many
+rm -f "$VERDICT_FILE" # of a start that was lost together with this script
 echo $(($(starts) + 1)) >"$STARTS_FILE" || fail "$STARTS_FILE cannot be written"
 
 # Other nodes connect to the first one. There is no fallback: with localhost every node would wait for itself.
@@ -48,7 +52,7 @@ fi
 # bash runs a trap only between commands, so srun is in the background.
 srun "${options[@]}" "$LLADA_MEGA_HOME/launch/torchrun.sh" experiment="$EXPERIMENT" "$@" &
 step=$! interrupted='' cancelled=''
-trap 'interrupted=1; echo "the time limit is near: asking for a checkpoint"; kill -USR1 "$step"' USR1
+trap 'interrupted=1; echo "the time limit is near: asking for a checkpoint"; kill -USR1 "$step" 2>/dev/null || true' USR1
 trap 'interrupted=1 cancelled=1' TERM # scancel or preemption; Slurm has told the processes itself
 while true; do
     status=0
@@ -58,6 +62,7 @@ while true; do
 done
 
 [[ -z $cancelled ]] || exit 143 # a preempted job is requeued by Slurm, a cancelled one by nobody
+[[ ! -s $VERDICT_FILE ]] || read -r status <"$VERDICT_FILE"
 if ((status != 85 && status < 128)); then
     echo "the job ends with status $status ($LLADA_MEGA_HOME/docs/cluster.md)"
     end "$status"

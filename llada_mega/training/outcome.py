@@ -16,6 +16,7 @@ from llada_mega.training.state import TrainState
 
 logger = logging.getLogger("llada_mega")
 EXIT_FILE = "exit.json"
+STOP_FILE_REASON = "a STOP file"  # the one request after which nobody is to start the run again
 
 
 @dataclass
@@ -40,7 +41,7 @@ def recorded(outcome: Outcome, run_dir: Path) -> Iterator[None]:
         record_failed(outcome, run_dir, f"{type(error).__name__}: {error}".splitlines()[0])
         raise
     if outcome.stop_reason:
-        _write(outcome, run_dir, "stopped", outcome.stop_reason)
+        _write(outcome, run_dir, "stopped", outcome.stop_reason, start_again=outcome.stop_reason != STOP_FILE_REASON)
     else:
         _write(outcome, run_dir, "finished", "the last step")
 
@@ -61,7 +62,7 @@ def end_process(outcome: Outcome, run_dir: Path, message: str) -> None:
     os._exit(1)
 
 
-def _write(outcome: Outcome, run_dir: Path, status: str, reason: str) -> None:
+def _write(outcome: Outcome, run_dir: Path, status: str, reason: str, **more: bool) -> None:
     if launched_rank() == 0:
         position = {"step": outcome.state.step, "consumed_samples": outcome.state.consumed_samples}
-        write_json(run_dir / EXIT_FILE, {"status": status, **position, "reason": reason})
+        write_json(run_dir / EXIT_FILE, {"status": status, **position, "reason": reason, **more})

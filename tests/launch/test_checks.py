@@ -40,7 +40,7 @@ def reports(**changed: object) -> list[Report]:
             {"n1__free_memory": 0.4},
             [f"n1: rank {r}: only 40% of the memory of H100 is free; who else uses it?" for r in (0, 1)],
         ),
-        ({"n4__free_bytes": 1}, ["n4: 0.0 GiB free for the run, two checkpoints need 0.0"]),
+        ({"n4__free_bytes": 1}, ["n4: 0.0 GiB free for the run, checkpoints need 0.0"]),
         ({"n5__clock": 57.25}, ["n5: its clock is 7.2 s ahead"]),
         ({"n5__clock": 40.0}, ["n5: its clock is 10.0 s behind"]),
     ],

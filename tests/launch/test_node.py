@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.hardware import Hardware
-from launch.node import checkpoint_bytes, main, make_plan, summary
-from launch.restarts import AGAIN, GIVE_UP, MISTAKE
+from launch.hardware import Hardware, find_hardware
+from launch.node import checkpoint_bytes, main, make_plan, preflight_arguments, summary
+from launch.processes import TorchRun
+from launch.restarts import AGAIN, GIVE_UP, MISTAKE, UNFIT
 from llada_mega.config.compose import compose
 from llada_mega.config.schema import Config
 from llada_mega.errors import LladaMegaError
@@ -42,7 +44,10 @@ def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"NPROC_PER_NODE": "x"}, (), "NPROC_PER_NODE=x is no number"),
         ({"PREFLIGHT": "maybe"}, (), "PREFLIGHT=maybe; use on, off, only"),
         ({"FABRIC": "string"}, (), "FABRIC=string is unknown"),
-        ({"SLURM_GPUS_ON_NODE": "8"}, (), "PyTorch finds none"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, (), "Slurm gave this node 8 GPUs, and PyTorch finds 0"),
+        ({"SLURM_GPUS_ON_NODE": "8", "NPROC_PER_NODE": "8"}, (), "8 GPUs, and PyTorch finds 0"),
+        ({"PREFLIGHT_MIN_GBPS": "fast"}, (), "PREFLIGHT_MIN_GBPS=fast is no number"),
+        ({"PREFLIGHT_MIN_GBPS": "nan"}, (), "PREFLIGHT_MIN_GBPS=nan is no number"),
         ({}, ("parallel.pp=2",), "does not divide the 1 processes"),
         ({}, ("data.train=nowhere",), "there is no nowhere.bin"),
         ({}, ("optimiser.lr=1",), "optimiser"),
@@ -62,6 +67,57 @@ def test_a_mistake_is_one_line_that_names_the_node(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"launch: error on {os.uname().nodename}: data.train.0.path=nowhere")
+
+
+def test_a_lost_gpu_is_said_before_what_follows_from_it(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """On any node, first or not; without Slurm's number nothing is lost, and NPROC_PER_NODE may ask for fewer."""
+    monkeypatch.setattr("launch.node.find_hardware", lambda: Hardware(gpu_architecture=9, gpus=3))
+    verdict = tmp_path / "verdict"
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "VERDICT_FILE": str(verdict)}
+    for name, value in {"SLURM_GPUS_ON_NODE": "4", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert main(TINY) == UNFIT
+    said = f"launch: error on {os.uname().nodename}: Slurm gave this node 4 GPUs, and PyTorch finds 3;"
+    assert capsys.readouterr().out.startswith(said)
+    assert verdict.read_text() == "3\n"
+    options = [*TINY, "trainer.global_batch_size=12"]
+    assert make_plan(options, variables).processes == 3
+    assert make_plan(TINY, {"SLURM_GPUS_ON_NODE": "4", "NPROC_PER_NODE": "2", **variables}).processes == 2
+
+
+def test_a_pytorch_that_cannot_be_asked_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.hardware._ASK_TORCH", "raise ImportError('libcudnn.so.9 is missing')")
+    with pytest.raises(ValueError, match=r"^PyTorch cannot be asked for GPUs: ImportError: libcudnn.so.9 is missing$"):
+        find_hardware()
+
+
+@pytest.mark.parametrize(
+    ("received", "expected"), [(signal.SIGTERM, AGAIN), (signal.SIGUSR1, AGAIN), (None, UNFIT)], ids=str
+)
+def test_a_signal_that_ends_the_preflight_leaves_no_node_unfit(
+    corpus: Path, hardware: None, monkeypatch: pytest.MonkeyPatch, received: signal.Signals | None, expected: int
+) -> None:
+    def run(torchrun: TorchRun) -> int:
+        torchrun.received = received
+        return 1
+
+    monkeypatch.setattr("launch.node.TorchRun.run", run)
+    assert main(TINY) == expected
+
+
+def test_the_preflight_asks_for_the_checkpoints_that_are_still_to_come(corpus: Path, hardware: None) -> None:
+    plan = make_plan([*TINY, "checkpoint.keep_last=3"], {})
+    plan.config.checkpoint.merge_at_end = 2
+    sizes = []
+    for present in range(8):
+        arguments = dict(argument.split("=") for argument in preflight_arguments(plan))
+        sizes.append(int(arguments["--need-bytes"]) / checkpoint_bytes(plan.config))
+        directory = plan.run_dir / "checkpoints" / f"step_{present:08d}"
+        directory.mkdir(parents=True)
+        (directory / "COMPLETE").touch()
+    assert sizes == [6, 5, 4, 3, 2, 1, 1, 1]
 
 
 def test_a_plan_counts_processes_of_all_nodes_and_says_what_it_sets(corpus: Path, hardware: None) -> None:
@@ -90,13 +146,14 @@ def test_checkpoints_of_the_experiments(experiment: str) -> None:
 def test_a_start_that_is_counted_is_taken_off_the_batch_scripts_count(
     corpus: Path, hardware: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """And put above the limit by one that is given up: whatever the other nodes end with, the script ends the job."""
-    count = tmp_path / "job.starts"
+    """And a run that is given up is told apart, whatever the other nodes end with."""
+    count, told = tmp_path / "job.starts", tmp_path / "job.verdict"
     variables = {
         "RUN_ID": "job",
         "MAX_RESTARTS": "1",
         "PREFLIGHT": "off",
         "STARTS_FILE": str(count),
+        "VERDICT_FILE": str(told),
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -105,8 +162,10 @@ def test_a_start_that_is_counted_is_taken_off_the_batch_scripts_count(
     for expected in (AGAIN, GIVE_UP, GIVE_UP):
         count.write_text("1\n")
         assert main(TINY) == expected
-        found.append(count.read_text() if count.exists() else None)
-    assert found == [None, "2\n", "2\n"]
+        found.append((count.exists(), told.read_text() if told.exists() else None))
+        told.unlink(missing_ok=True)
+    # The third start is refused before it is counted.
+    assert found == [(False, None), (False, "86\n"), (True, "86\n")]
 
 
 def start_node(rank: int, overrides: tuple[str, ...], **variables: str) -> subprocess.Popen[str]:

@@ -8,8 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+
+from launch.processes import TorchRun
 
 ROOT = Path(__file__).resolve().parents[2]
 # Stands for torchrun: starts a rank and a process that is none; ends with the rank's status made 1, as torchrun does.
@@ -72,6 +76,21 @@ def test_a_rank_that_was_still_starting_hears_it_later() -> None:
         time.sleep(0.5)
         os.killpg(launcher.pid, signal.SIGUSR1)
         assert [line.strip() for line in launcher.stdout][-2:] == ["heard SIGUSR1", "1 SIGUSR1"]
+
+
+def test_a_rank_that_has_ended_does_not_keep_the_signal_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[signal.Signals] = []
+
+    def end() -> dict[str, str]:
+        raise psutil.NoSuchProcess(1)
+
+    gone = SimpleNamespace(environ=end)
+    alive = SimpleNamespace(environ=lambda: {"RANK": "1"}, send_signal=heard.append)
+    monkeypatch.setattr("psutil.Process.children", lambda torchrun: [gone, alive])
+    run = TorchRun([], {})
+    run.received, run._process = signal.SIGTERM, SimpleNamespace(pid=os.getpid())
+    run._forward()
+    assert heard == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(("statuses", "expected"), [("85 85", 85), ("85 1", 1)])

@@ -28,9 +28,9 @@ def leave(run_dir: Path, **content: Any) -> None:
     [
         (0, {}, FINISHED),
         (1, {"status": "finished", "step": 9}, FINISHED),
-        (1, {"status": "stopped", "step": 9, "reason": "SIGUSR1"}, AGAIN),
+        (1, {"status": "stopped", "step": 9, "reason": "SIGUSR1", "start_again": True}, AGAIN),
         (1, {"status": "stopped", "step": 9, "reason": "trainer.exit_after=3600"}, AGAIN),
-        (1, {"status": "stopped", "step": 9, "reason": "STOP file"}, FINISHED),
+        (1, {"status": "stopped", "step": 9, "reason": "a STOP file", "start_again": False}, FINISHED),
         (1, {"status": "failed", "step": 9, "reason": "loss is not finite"}, AGAIN),
         (1, {}, AGAIN),  # a killed rank says nothing
         (-9, {}, AGAIN),

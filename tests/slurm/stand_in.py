@@ -41,7 +41,7 @@ if action == "counted":
     if node == "0":
         Path(os.environ["STARTS_FILE"]).unlink()
 if action == "given_up":
-    Path(os.environ["STARTS_FILE"]).write_text("9\n")
+    Path(os.environ["VERDICT_FILE"]).write_text("86\n")
     sys.exit(86 if node == "0" else 137)
 if action.isdecimal():
     sys.exit(int(action) if node == "0" else 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.restarts import DEFAULT_LIMIT
+from launch.restarts import DEFAULT_LIMIT, FINAL
 from llada_mega.config.compose import compose
 from llada_mega.config.layout import check_batches, check_group_sizes
 from llada_mega.config.schema import Config
@@ -67,6 +67,19 @@ def test_starts_that_no_launcher_counts_end(run_script, tmp_path: Path) -> None:
     count.write_text(f"{DEFAULT_LIMIT + 1}\n")  # the last start was lost together with its script
     refused = run_script(SCRIPTS[0])
     assert (refused.returncode, refused.stdout) == (86, "")
+
+
+@pytest.mark.parametrize("status", FINAL)
+def test_a_launchers_verdict_counts_more_than_the_kill_of_another_node(run_script, tmp_path: Path, status: int) -> None:
+    """srun tells the higher status, of the node that waited in vain. The verdict of an earlier start is forgotten."""
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/bash\n[[ ! -e $VERDICT_FILE ]] && echo {status} >"$VERDICT_FILE"\nexit 137\n')
+    verdict = tmp_path / f"{SCRIPTS[0].stem}_12.verdict"
+    verdict.write_text("1\n")
+    ended = run_script(SCRIPTS[0])
+    assert ended.returncode == status
+    assert "requeued" not in ended.stdout
+    assert not verdict.exists() and not list(tmp_path.glob("*.starts"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -82,7 +82,7 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert outcome.state.step == 3
     expected = {"STOP": "a STOP file", "exit_after": "trainer.exit_after=0.5 minutes are over"}.get(how, how)
     assert outcome.stop_reason == expected
-    ended = {"status": "stopped", "step": 3, "consumed_samples": 12, "reason": expected}
+    ended = {"status": "stopped", "step": 3, "consumed_samples": 12, "reason": expected, "start_again": how != "STOP"}
     assert exit_file(run_dir) == ended
     assert not (run_dir / "STOP").exists()
     assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step_00000003"]

@@ -64,6 +64,27 @@ def test_a_standstill_leaves_stacks_and_a_report(dogs: Any, tmp_path: Path) -> N
     assert json.loads((tmp_path / "logs" / "hang" / "rank_0000.json").read_text())["step"] == 7
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_on_gpus_the_flight_recorder_is_left_beside_the_stacks(
+    dogs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """A stand-in for NCCL's; one that fails takes nothing else along."""
+
+    def dump() -> bytes:
+        if broken:
+            raise RuntimeError("no recorder")
+        return b"collectives"
+
+    monkeypatch.setattr("torch._C._distributed_c10d._dump_nccl_trace", dump, raising=False)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    (dog,), said = dogs(1)
+    dog.on_train_begin(TRAINER)
+    dog._thread.join(30)
+    traces = {path.name: path.read_bytes() for path in (tmp_path / "logs" / "hang").glob("nccl*")}
+    assert traces == ({} if broken else {"nccl_trace_rank_0": b"collectives"})
+    assert len(said) == 1
+
+
 def test_signs_of_life_keep_it_quiet(dogs: Any, tmp_path: Path) -> None:
     """As long as hooks come in time; the clock is the watchdog's own."""
     (dog,), said = dogs(1)

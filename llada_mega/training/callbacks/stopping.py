@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llada_mega.ranks import StopSignals, has_launcher
 from llada_mega.training.callback import Callback
+from llada_mega.training.outcome import STOP_FILE_REASON
 from llada_mega.training.state import StepMeasurement
 from llada_mega.training.trainer import Trainer
 
@@ -82,7 +83,7 @@ class StopCallback(Callback):
 
     def _describe(self, number: int) -> str:
         if number == Request.STOP_FILE:
-            return "a STOP file"
+            return STOP_FILE_REASON
         if number == Request.TIME_IS_UP:
             return f"trainer.exit_after={self._exit_after:g} minutes are over"
         return "the launcher is gone" if number == Request.ORPHANED else signal.Signals(number).name

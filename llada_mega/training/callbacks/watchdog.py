@@ -8,6 +8,7 @@ leaves nothing, is the one they wait for.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import sys
@@ -19,6 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._C import _distributed_c10d
 
 from llada_mega.checkpoint.directory import write_json
 from llada_mega.training.callback import Callback
@@ -110,6 +114,7 @@ class Watchdog(Callback):
             if time.monotonic() - self._last_sign < self._patience:
                 continue
             self._leave_stacks()
+            self._leave_collectives()
             time.sleep(self._settle)
             self._end(self._report())
             return
@@ -122,6 +127,13 @@ class Watchdog(Callback):
         with stacks.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         write_json(_place_file(self._directory, self._rank), asdict(place))
+
+    def _leave_collectives(self) -> None:
+        """What PyTorch's flight recorder knows of NCCL, for its ``torchfrtrace``. Comes last: it may hang too."""
+        dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)  # a PyTorch without NCCL has none
+        if dump is not None and torch.cuda.is_initialized():
+            with contextlib.suppress(RuntimeError, OSError):
+                (self._directory / f"nccl_trace_rank_{self._rank}").write_bytes(dump())
 
     def _report(self) -> str:
         places: list[Place | None] = []
