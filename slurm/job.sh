@@ -39,7 +39,8 @@ read -r MASTER_ADDR _ < <(getent ahosts "${name:-$head}") ||
     fail "the first node, $head (${name:-no NodeAddr}), does not resolve on $(hostname); mend DNS, /etc/hosts or NodeAddr"
 [[ $MASTER_ADDR != 127.* || $name == "$MASTER_ADDR" || $SLURM_JOB_NUM_NODES == 1 ]] ||
     fail "the first node, $head ($name), resolves to $MASTER_ADDR, where no other node finds it; mend /etc/hosts"
-export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+# Another port at each start: something of the last one may still hold its own.
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 10000))}
 
 options=(--ntasks-per-node=1 --cpu-bind=none)
 # When a node has ended, well or not, the rest has two minutes: the first node is still to say how the run goes on.
