@@ -23,7 +23,9 @@ import torch
 
 from bench import data_pipeline, optimizer_step, save_stall, scaling, step
 from bench.figure import write_data, write_scaling
+from bench.layout_table import cpu_model
 from llada_mega.parallel import destroy
+from llada_mega.ranks import usable_cores
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
@@ -74,15 +76,11 @@ PARTS: dict[str, Callable[[Path, Path], Any]] = {
 
 def machine() -> dict[str, str | float]:
     """What the numbers come from."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count() or 1,
+        "cores": usable_cores(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": version("torch"),

@@ -142,20 +142,21 @@ def prepare(config: ModelConfig, documents: Sequence[int], block_size: int) -> P
         loss.backward()
         return loss.item()
 
-    def reference() -> float:
+    def plain(parameters: dict[str, Tensor]) -> Tensor:
         mask_SS = plain_model.dense_mask(documents, block_size)
-        loss = plain_model.loss(weights, config, ids_S, positions_S, mask_SS, tokens_L, weights_L)
+        loss = plain_model.loss(parameters, config, ids_S, positions_S, mask_SS, tokens_L, weights_L)
         loss.backward()
-        return loss.item()
+        return loss
+
+    def reference() -> float:
+        return plain(weights).item()
 
     def exact() -> tuple[float, dict[str, Tensor]]:
         wide = {name: weight.detach().double().requires_grad_(weight.requires_grad) for name, weight in weights.items()}
-        mask_SS = plain_model.dense_mask(documents, block_size)
-        loss = plain_model.loss(wide, config, ids_S, positions_S, mask_SS, tokens_L, weights_L.double())
-        loss.backward()
+        loss = plain(wide).item()
         learned = {name: weight for name, weight in wide.items() if weight.requires_grad}
         # an expert that no token chose has no gradient
-        return loss.item(), {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in learned.items()}
+        return loss, {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in learned.items()}
 
     theirs = published_model.build(config, {name: weight.detach() for name, weight in weights.items()})
 
